@@ -1,0 +1,1 @@
+"""The hot room: what the training child runs. torch is at home here."""

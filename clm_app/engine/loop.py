@@ -1,0 +1,256 @@
+"""The training loop: the moments of a run in the order they happen.
+
+A plain loop and not transformers' Trainer: it starts seconds sooner, computes logits for answers alone, and owns the
+commit of its checkpoints (LOG.md, "Engine", has the figures).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from clm_app.catalog import pick
+from clm_app.data.rows import dump, load
+from clm_app.data.template import load_tokenizer
+from clm_app.engine import checkpoints
+from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, tensors
+from clm_app.engine.measure import sit
+from clm_app.engine.order import Order
+from clm_app.errors import BadModel, OutOfRoom
+from clm_app.events import Checkpointed, Event, Measured, Measuring, Progress, Started, Trained
+
+SAY_EVERY_S = 0.5
+
+
+class Engine:
+    """One run, from an order to trained weights and measurements."""
+
+    def __init__(self, order: Order, say: Callable[[Event], None]) -> None:
+        self.order, self.say, self.knobs = order, say, order.training
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.strategy = _made("clm_app.strategies", order.strategy, order.strategy_settings, self.knobs.seed)
+        self.method = _made("clm_app.methods", order.method, order.method_settings)
+        self.tokenizer = load_tokenizer(order.base)
+        self.encoded = Encoded(self.tokenizer, self.knobs.max_tokens)
+        self.new = load(order.rows)
+        self.kept = {source: load(file) for source, file in order.kept.items()}
+        self._epochs: dict[int, list] = {}
+
+    def run(self) -> tuple[Trained, list[Measured]]:
+        """Do the whole order and return what was trained and measured."""
+        torch.manual_seed(self.knobs.seed)
+        model = self.method.prepare(self._load(), self.order.adapter).to(self.device)
+        measured = self._exams(model, self.order.before, "before")
+        done = self.train(model)
+        return done, measured + self._exams(model, self.order.after, "after")
+
+    def _load(self) -> torch.nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        dtype = (
+            torch.bfloat16 if self.device.type == "cuda" and self.method.weights_kind == "adapter" else torch.float32
+        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.order.base, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError, KeyError) as err:
+            raise BadModel(f"{self.order.base} cannot be loaded as a language model: {err}. Check the folder.") from err
+        if model.num_parameters() > 1e9:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+    def train(self, model: torch.nn.Module) -> Trained:
+        """Take every step from the newest checkpoint on, then write the weights."""
+        optimiser = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=self.peak,
+            weight_decay=self.knobs.weight_decay,
+            fused=True,
+        )
+        folder = self.order.folder / "checkpoints"
+        behind, steps = checkpoints.resume(folder, model, optimiser), self.steps
+        first = behind.get("step", 0)
+        self._start(model, first, steps)
+        meter, saved = Meter(steps, self.device, behind), time.monotonic()
+        model.train()
+        for step in range(first, steps):
+            loss, tokens, rate = self.step(model, optimiser, step)
+            if line := meter.add(step + 1, loss, tokens, rate):
+                self.say(line)
+            if time.monotonic() - saved > self.knobs.checkpoint_every_s or step + 1 == steps:
+                place = checkpoints.commit(
+                    folder, step + 1, model, optimiser, self.knobs.checkpoints_kept, meter.figures()
+                )
+                self.say(Checkpointed(step=step + 1, folder=str(place)))
+                saved = time.monotonic()
+        return self._finish(model, meter)
+
+    def step(
+        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, step: int
+    ) -> tuple[torch.Tensor, int, float]:
+        """Take one step; return its loss (nats per answer token), the tokens it read and its learning rate."""
+        rate = self.peak * share_of_peak(step, self.steps, self.knobs.warmup_share)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        batch = tensors(self.batch(step), self.encoded, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
+            logits, targets = answer_logits(model, batch)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            loss = self.strategy.loss(model, batch, loss)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.knobs.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.detach(), int(batch["attention_mask"].sum()), rate
+
+    # --- what is trained on -------------------------------------------------------------------------------------------
+
+    def epoch(self, number: int) -> list[list[tuple[str, object]]]:
+        """Return the batches of one pass; drawn from the seed and the number alone, so a resumed run sees the same."""
+        if number not in self._epochs:
+            rng = random.Random(f"{self.knobs.seed}/{number}")
+            mixed = self.strategy.mix(self.new, self.kept, rng)
+            self._rehearsed = {s: sum(1 for source, _ in mixed if source == s) for s in self.kept}
+            self._epochs = {number: batches([row for _, row in mixed], self.encoded, self.knobs.batch_rows, rng)}
+        return self._epochs[number]
+
+    def batch(self, step: int) -> list:
+        """Return the rows of a step."""
+        return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass; every pass has as many."""
+        if not hasattr(self, "_steps_per_epoch"):
+            self._steps_per_epoch = len(self.epoch(0))
+        return self._steps_per_epoch
+
+    @property
+    def steps(self) -> int:
+        """Steps in the whole run."""
+        return max(1, math.ceil(self.knobs.epochs * self.steps_per_epoch))
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate: as set, or the method's own."""
+        return self.knobs.learning_rate or self.method.default_learning_rate
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Say whether steps are computed in bfloat16 (weights stay float32): where the processor has it in hardware."""
+        return torch.cuda.is_bf16_supported() if self.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+    # --- what is said and written -------------------------------------------------------------------------------------
+
+    def _start(self, model: torch.nn.Module, first: int, steps: int) -> None:
+        rows = sum(len(batch) for batch in self.epoch(0))
+        self.say(Started(
+            step=first, of=steps, rows=rows, rehearsed=self._rehearsed, device=str(self.device),
+            **sizes(model),
+        ))  # fmt: skip
+
+    def _finish(self, model: torch.nn.Module, meter: Meter) -> Trained:
+        draft, place = self.order.folder / ".weights", self.order.folder / "weights"
+        self.method.save(model, draft)
+        if self.method.weights_kind == "full":
+            self.tokenizer.save_pretrained(draft)
+        (draft / "README.md").unlink(missing_ok=True)
+        checkpoints.sync(draft)
+        shutil.rmtree(place, ignore_errors=True)  # of an attempt that ended between here and its measurements
+        draft.rename(place)
+        memory = {}
+        if kept := self.strategy.keep(self.new, random.Random(f"{self.knobs.seed}/keep")):
+            dump(kept, self.order.folder / "kept.jsonl")
+            memory["new"] = str(self.order.folder / "kept.jsonl")
+        figures = meter.figures() | sizes(model) | {
+            "cut_rows": self.encoded.cut_rows, "rehearsed": self._rehearsed, "bfloat16": self.is_bfloat16,
+        }  # fmt: skip
+        done = Trained(folder=str(place), weights_kind=self.method.weights_kind, memory=memory, figures=figures)
+        self.say(done)
+        return done
+
+    def _exams(self, model: torch.nn.Module, exams: list, when: str) -> list[Measured]:
+        found = []
+        for index, exam in enumerate(exams):
+            self.say(Measuring(task=exam.task, split=exam.split, done=index, of=len(exams)))
+            file = self.order.folder / when / f"{exam.snapshot_id}-{exam.split}.jsonl"
+            found.append(sit(model, exam, self.encoded, self.device, file, self.say))
+        return found
+
+
+class Meter:
+    """Speed, loss and memory of a run, said at most twice a second."""
+
+    def __init__(self, steps: int, device: torch.device, behind: dict) -> None:
+        self.steps, self.device, self.step = steps, device, behind.get("step", 0)
+        self.began = self.said = time.monotonic()
+        self.seconds, self.tokens = behind.get("seconds", 0.0), behind.get("tokens", 0)  # of earlier attempts
+        self.tokens_since = self.steps_taken = 0
+        self.losses: list[torch.Tensor] = []
+        self.loss, self.memory_mb = behind.get("loss", 0.0), behind.get("peak_memory_mb", 0.0)
+        self._process = psutil.Process()
+
+    def add(self, step: int, loss: torch.Tensor, tokens: int, rate: float) -> Progress | None:
+        """Count a step; return the event to say, or None where the last one is too recent."""
+        self.step, self.tokens, self.tokens_since = step, self.tokens + tokens, self.tokens_since + tokens
+        self.steps_taken += 1
+        self.losses.append(loss)
+        now = time.monotonic()
+        if now - self.said < SAY_EVERY_S and step < self.steps:
+            return None
+        self.loss, self.losses = torch.stack(self.losses).mean().item(), []
+        if not math.isfinite(self.loss):
+            raise BadModel(
+                f"The loss became {self.loss} after {step} of {self.steps} steps, at a learning rate of {rate:g}, "
+                "which is too high for this model. Try a tenth of it."
+            )
+        speed, self.said, self.tokens_since = self.tokens_since / max(now - self.said, 1e-6), now, 0
+        memory = torch.cuda.memory_allocated() if self.device.type == "cuda" else self._process.memory_info().rss
+        self.memory_mb = max(self.memory_mb, memory / 1e6)
+        eta = (now - self.began) / self.steps_taken * (self.steps - step)
+        return Progress(step=step, of=self.steps, loss=self.loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
+                        memory_mb=memory / 1e6, at=time.time())  # fmt: skip
+
+    def figures(self) -> dict:
+        """Return what the run's row keeps, over all attempts: steps, seconds, tokens/s, peak memory, last loss."""
+        seconds = self.seconds + time.monotonic() - self.began
+        return {
+            "steps": self.steps, "seconds": round(seconds, 2), "tokens": self.tokens, "loss": self.loss,
+            "tokens_per_s": round(self.tokens / max(seconds, 1e-6)), "peak_memory_mb": round(self.memory_mb),
+        }  # fmt: skip
+
+
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Return how many parameters a model has, and how many of them are trained."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def share_of_peak(step: int, steps: int, warmup: float) -> float:
+    """Return the learning rate as a share of its peak: linear warm-up, then a cosine to zero."""
+    first = max(1, round(warmup * steps))
+    if step < first:
+        return (step + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+
+def _made(package: str, name: str, settings: dict, *more):
+    cls = pick(package, name)
+    return cls(cls.Settings(**settings), *more)
+
+
+def explain(error: BaseException) -> BaseException:
+    """Return the error with a remedy where memory ran out; torch says it in two ways."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfRoom(
+            "Memory ran out in training. Halve batch_rows or max_tokens, or choose method lora, and start again."
+        )
+    return error

@@ -1,0 +1,1 @@
+"""How a version is judged: the retention matrix and the gate."""

@@ -1,0 +1,1 @@
+"""The shelf of ways to tune: one file each."""

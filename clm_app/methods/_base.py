@@ -1,0 +1,41 @@
+"""The contract of a method: which weights are trained, and what is written at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+
+class NoSettings(BaseModel):
+    """A method without a knob."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Method:
+    """One way to tune. The engine calls `prepare` before the first step and `save` after the last."""
+
+    name: ClassVar[str]  # the file's stem, set by the catalog
+    title: ClassVar[str] = ""
+    weights_kind: ClassVar[str] = "full"  # adapter or full: what `save` writes
+    default_learning_rate: ClassVar[float] = 1e-4
+    Settings: ClassVar[type[BaseModel]] = NoSettings
+
+    def __init__(self, settings: BaseModel) -> None:
+        self.settings = settings
+
+    def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
+        """Return the model to train. adapter: folder of the parent's adapter over this base, or None."""
+        return base
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the trained weights to `folder`, in full precision."""
+        model.save_pretrained(folder)
+
+
+CONTRACT = Method

@@ -1,0 +1,26 @@
+"""Full tuning: every weight is trained, and a version is a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clm_app.methods._base import Method
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Full(Method):
+    """Every weight. A parent's adapter is merged into the base first, in full precision."""
+
+    title = "Full (every weight)"
+    default_learning_rate = 5e-4
+
+    def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
+        """Return the base with the parent's adapter merged in."""
+        if adapter is None:
+            return base
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, adapter).merge_and_unload()

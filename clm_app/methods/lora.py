@@ -1,0 +1,66 @@
+"""LoRA: train a low-rank adapter over frozen weights; the next run goes on from the parent's adapter.
+
+Source: Hu et al. 2021, arXiv:2106.09685. One persistent adapter per line of versions keeps a version small and its
+base untouched, so that a version is always base + one adapter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clm_app.errors import BadSettings
+from clm_app.methods._base import Method
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LoraSettings(BaseModel):
+    """Size and strength of the adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(16, ge=1, le=1024, description="rank of the adapter's matrices")
+    alpha: float = Field(32.0, gt=0, le=4096, description="strength: the adapter is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of adapter inputs dropped while training")
+
+
+class Lora(Method):
+    """An adapter on every linear layer but the output."""
+
+    title = "LoRA (small adapter)"
+    weights_kind = "adapter"
+    default_learning_rate = 2e-3
+    Settings = LoraSettings
+
+    def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
+        """Return the base under a fresh adapter, or under the parent's, which is trained on.
+
+        Raises:
+            BadSettings: the parent's adapter has another rank.
+        """
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        if adapter is not None:
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+            found = model.peft_config["default"].r
+            if found != self.settings.rank:
+                raise BadSettings(
+                    f"rank is {self.settings.rank}, but the parent's adapter has rank {found} and is trained on. "
+                    f"Choose rank {found}, or method full, which merges the adapter first."
+                )
+            return model
+        return get_peft_model(
+            base,
+            LoraConfig(
+                r=self.settings.rank, lora_alpha=self.settings.alpha, lora_dropout=self.settings.dropout,
+                target_modules="all-linear", task_type="CAUSAL_LM",
+            ),
+        )  # fmt: skip
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the adapter alone."""
+        model.save_pretrained(folder)

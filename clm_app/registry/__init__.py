@@ -1,0 +1,1 @@
+"""Versions, their weights and where they came from."""

@@ -1,0 +1,1 @@
+"""The shelf of what can run a model: one file each."""

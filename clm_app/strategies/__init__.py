@@ -1,0 +1,1 @@
+"""The shelf of ways against forgetting: one file each."""

@@ -1,0 +1,87 @@
+"""What a person asks for: a wish is checked whole, written down as a job, and found by the clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clm_app.catalog import pick
+from clm_app.data.ingest import find
+from clm_app.data.reading import read_rows
+from clm_app.data.streams import TaskSource
+from clm_app.engine.settings import TrainingSettings
+from clm_app.errors import BadData, BadInput, NotThere
+from clm_app.judging.gate import GateSettings
+from clm_app.workspace import Workspace
+from store.db import record
+from store.tables import Job
+from store.tables._columns import now
+from store.tables.work import ENDED
+
+
+class LearnWish(BaseModel):
+    """Learn a stream of tasks, one after the other, and keep the old ones."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stream: list[TaskSource] = Field(min_length=1, max_length=1000, description="tasks in the order they are learned")
+    strategy: str = Field("replay", description="way against forgetting")
+    strategy_settings: dict = Field(default_factory=dict, description="the strategy's own knobs")
+    method: str = Field("lora", description="way to tune")
+    method_settings: dict = Field(default_factory=dict, description="the method's own knobs")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="the knobs of every run")
+    gate: GateSettings = Field(default_factory=GateSettings, description="how strict the gate is")
+    compare_naive: bool = Field(False, description="also learn the stream without protection, to show the difference")
+    deploy: bool = Field(True, description="put a version live when the gate promotes it")
+    start_from: str = Field("live", description="version the stream starts from")
+
+    @model_validator(mode="after")
+    def _names_and_knobs_are_known(self) -> LearnWish:
+        names = [source.name.strip().lower() for source in self.stream]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise BadData(f"The stream names {min(twice)!r} twice; a task is learned once in a stream. Remove one.")
+        pick("clm_app.strategies", self.strategy).Settings(**self.strategy_settings)
+        pick("clm_app.methods", self.method).Settings(**self.method_settings)
+        return self
+
+
+def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
+    """Check every file of the wish, write the job down as asked, and return it; nothing is kept of a refused wish.
+
+    Raises:
+        BadInput: a task has no file and no snapshot, or a file cannot be used.
+    """
+    for source in wish.stream:
+        if source.path:
+            read_rows(Path(source.path), workspace.settings)
+        elif find(workspace, source.name) is None:
+            raise NotThere(f"There is no task {source.name!r} and no file for it. Add the file on the Data tab first.")
+    with workspace.write() as session:
+        job = Job(kind="learn", wish=wish.model_dump(mode="json"), asked_by=by, stage="waiting for the clock")
+        session.add(job)
+        session.flush()
+        record(session, by, "job.asked", f"job:{job.id}", tasks=[s.name for s in wish.stream], strategy=wish.strategy)
+    return job
+
+
+def cancel(workspace: Workspace, job_id: int, by: str) -> Job:
+    """Ask a job to stop: at once if it has not begun, else at the next step, with its checkpoint kept.
+
+    Raises:
+        NotThere: no such job.
+        BadInput: it has ended already.
+    """
+    with workspace.write() as session:
+        job = session.get(Job, job_id)
+        if job is None:
+            raise NotThere(f"There is no job {job_id}.")
+        if job.status in ENDED:
+            raise BadInput(f"Job {job_id} is {job.status} already; there is nothing to cancel.")
+        job.is_cancel_asked = True
+        if job.status == "asked":
+            job.status, job.ended_at, job.stage = "cancelled", now(), "cancelled before it began"
+        session.add(job)
+        record(session, by, "job.cancel_asked", f"job:{job.id}")
+    return job

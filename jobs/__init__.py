@@ -1,0 +1,1 @@
+"""When things happen: the clock, the ledger, the children and the update cycle."""

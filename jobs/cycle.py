@@ -1,0 +1,370 @@
+"""The update cycle: for each task of a stream, snapshot, train, measure, gate, register, deploy.
+
+Every step looks at what the rows and files say is done already, so a cycle that was cut off anywhere is simply run
+again: finished runs are skipped, a half-trained one goes on from its last committed checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlmodel import Session, select
+
+from clm_app import hardware
+from clm_app.catalog import pick
+from clm_app.data.ingest import find, snapshot, tasks
+from clm_app.data.streams import TaskSource
+from clm_app.engine.memory import refuse_what_does_not_fit
+from clm_app.engine.order import Exam, Order
+from clm_app.errors import ChildFailed, ClmError
+from clm_app.events import AnyEvent, Failed, Measuring, Progress, Started
+from clm_app.judging.gate import Verdict, judge, pair
+from clm_app.provenance import code_version
+from clm_app.registry import versions
+from clm_app.wishes import LearnWish
+from clm_app.workspace import Workspace
+from jobs.queue import Queue
+from store.db import record
+from store.tables import Decision, Job, Measurement, Run, Snapshot, Task, Version
+from store.tables._columns import now
+
+ATTEMPTS = 3  # children tried for one run; each goes on from the last checkpoint
+BEAT_S = 1.0
+MAIN, NAIVE = "main", "naive"
+
+
+class Cancelled(Exception):
+    """A person asked the job to stop."""
+
+
+class Cycle:
+    """One learn job, from its wish to its last deployment."""
+
+    def __init__(
+        self, workspace: Workspace, queue: Queue, job: Job, spawn: Callable, on_deploy: Callable[[], None]
+    ) -> None:
+        self.workspace, self.queue, self.job, self.spawn, self.on_deploy = workspace, queue, job, spawn, on_deploy
+        self.wish = LearnWish(**job.wish)
+        self.tracks = [MAIN, NAIVE] if self.wish.compare_naive else [MAIN]
+
+    def go(self) -> dict:
+        """Do the whole job and return its result.
+
+        Raises:
+            Cancelled: a person asked for it; what is registered stays.
+            ClmError: a step refused or a child failed; what is registered stays.
+        """
+        for number, track in enumerate(self.tracks):
+            for position, source in enumerate(self.wish.stream):
+                self.beat(f"{self.label(track, position)}: reading", self.share(number, position, 0.0))
+                self.update(track, number, position, source)
+        return self.result()
+
+    def update(self, track: str, number: int, position: int, source: TaskSource) -> None:
+        """Take one task from its file to a decision, unless that was done before."""
+        taken = self.take_snapshot(source)
+        run = self.open_run(track, position, taken)
+        if self.version_of(run):
+            return
+        order = self.write_order(run, taken)
+        self.train(run, order, number)
+        self.beat(f"{self.label(track, position)}: gate", self.share(number, position, 0.99))
+        candidate = self.register(run, order)
+        if candidate.state == "accepted" and self.wish.deploy:
+            self.on_deploy()
+
+    # --- the steps ----------------------------------------------------------------------------------------------------
+
+    def take_snapshot(self, source: TaskSource) -> Snapshot:
+        """Freeze the task's rows; a task without a file is taken as it was last frozen."""
+        if source.path:
+            seed = self.wish.training.seed
+            return snapshot(self.workspace, source.name, Path(source.path), self.job.asked_by, is_new=False, seed=seed)
+        task = find(self.workspace, source.name)
+        return next(taken for known, taken in tasks(self.workspace) if task and known.id == task.id)
+
+    def open_run(self, track: str, position: int, taken: Snapshot) -> Run:
+        """Return the run of this place in the stream, written down with everything that is needed to do it again."""
+        with self.workspace.write() as session:
+            self.queue.held(session, self.job)
+            found = session.exec(
+                select(Run).where(Run.job_id == self.job.id, Run.track == track, Run.position == position)
+            ).first()
+            if found:
+                return found
+            strategy = self.wish.strategy if track == MAIN else NAIVE
+            run = Run(
+                job_id=self.job.id, track=track, position=position, task_id=taken.task_id, snapshot_id=taken.id,
+                parent_version_id=self.parent(session, track).id, strategy=strategy, method=self.wish.method,
+                seed=self.wish.training.seed, folder="", code_version=code_version(), libraries=hardware.libraries(),
+                hardware=hardware.description(), settings={
+                    "training": self.wish.training.model_dump(),
+                    "strategy": self.wish.strategy_settings if track == MAIN else {},
+                    "method": self.wish.method_settings, "gate": self.wish.gate.model_dump(),
+                },
+            )  # fmt: skip
+            session.add(run)
+            session.flush()
+            run.folder = f"runs/{run.id}"
+            session.add(run)
+            record(session, self.job.asked_by, "run.opened", f"run:{run.id}", job=self.job.id, track=track)
+            return run
+
+    def parent(self, session: Session, track: str) -> Version:
+        """Return the version to go on from: the track's last one that was accepted, else where the stream starts."""
+        states = ("accepted",) if track == MAIN else ("comparison",)
+        made = session.exec(
+            select(Version).join(Run, Run.id == Version.run_id)
+            .where(Run.job_id == self.job.id, Run.track == track, Version.state.in_(states)).order_by(Run.position.desc())
+        ).first()  # fmt: skip
+        if made:
+            return made
+        first = session.exec(select(Run).where(Run.job_id == self.job.id, Run.position == 0, Run.track == MAIN)).first()
+        if first:  # the comparison starts where the main track started, wherever live has moved since
+            return session.get_one(Version, first.parent_version_id)
+        return versions.by_name(self.workspace, self.wish.start_from)
+
+    def write_order(self, run: Run, taken: Snapshot) -> Order:
+        """Write the child's order, with the exams of every task seen so far; refuse what cannot fit."""
+        folder = self.workspace.home / run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "order.json"
+        if file.exists():
+            return Order.model_validate_json(file.read_text(encoding="utf-8"))
+        with self.workspace.read() as session:
+            parent = session.get_one(Version, run.parent_version_id)
+            past = [(s, t) for s, t in lineage(session, parent) if s.task_id != taken.task_id]
+            seen = [*past, (taken, session.get_one(Task, taken.task_id))]
+            unmeasured = [] if run.track != MAIN else [
+                (s, t) for s, t in seen if measurement(session, parent.id, s.id) is None
+            ]  # fmt: skip
+        base, adapter = versions.weights(self.workspace, parent)
+        method = pick("clm_app.methods", run.method)
+        knobs = self.wish.training
+        refuse_what_does_not_fit(
+            parent.parameters, base, method.weights_kind, knobs.batch_rows, knobs.max_tokens, self.workspace.home
+        )
+        order = Order(
+            folder=folder, base=base, adapter=adapter, rows=self.split_file(taken, "train"),
+            kept={s: self.workspace.objects.path(digest) for s, digest in parent.memory.items() if s != str(taken.id)},
+            strategy=run.strategy, strategy_settings=run.settings["strategy"], method=run.method,
+            method_settings=run.settings["method"], training=knobs, threads=self.workspace.settings.threads,
+            before=[self.exam(s, t, "test") for s, t in unmeasured],
+            after=[self.exam(taken, seen[-1][1], "validation"), *(self.exam(s, t, "test") for s, t in seen)],
+        )  # fmt: skip
+        draft = folder / ".order.json"
+        draft.write_text(order.model_dump_json(indent=1), encoding="utf-8")
+        draft.replace(file)
+        return order
+
+    def train(self, run: Run, order: Order, number: int) -> None:
+        """Run the child until its result is there, starting it again where it was killed.
+
+        Raises:
+            ChildFailed: it said why it cannot go on, or was killed too often.
+            Cancelled: a person asked for it.
+        """
+        result = order.folder / "result.json"
+        while not result.exists():
+            with self.workspace.write() as session:
+                row = session.get_one(Run, run.id)
+                row.attempt, row.status, row.started_at = row.attempt + 1, "running", row.started_at or now()
+                session.add(row)
+            listener = Listener(order.folder / "events.jsonl")
+            child = self.spawn(
+                ["python", "-m", "clm_app.engine.child", str(order.folder / "order.json")],
+                name=f"run-{run.id}", on_event=listener, on_text=listener.text,
+            )  # fmt: skip
+            try:
+                while child.wait(BEAT_S) is None:
+                    stage, share = listener.now(self.label(run.track, run.position))
+                    if self.beat(stage, self.share(number, run.position, share)).is_cancel_asked:
+                        raise Cancelled
+            finally:
+                child.stop()
+            if listener.failed:
+                raise ChildFailed(listener.failed.sentence)
+            if not result.exists() and row.attempt >= ATTEMPTS + self.job.attempts - 1:
+                raise ChildFailed(
+                    f"The training of run {run.id} was ended from outside {row.attempt} times, last with: "
+                    f"{child.last[-1] if child.last else 'no word'}. Memory may be short: try smaller batch_rows, then start again."
+                )
+
+    def register(self, run: Run, order: Order) -> Version:
+        """Write version, measurements, decision and deployment together, from the child's result."""
+        result = json.loads((order.folder / "result.json").read_text(encoding="utf-8"))
+        trained, objects = result["trained"], self.workspace.objects
+        weights = objects.put(Path(trained["folder"]))
+        kept = {str(run.snapshot_id): objects.put(Path(file)) for file in trained["memory"].values()}
+        figures = [(m, objects.put(Path(m["outcomes"]))) for m in result["measured"]]
+        with self.workspace.write() as session:
+            self.queue.held(session, self.job)
+            parent = session.get_one(Version, run.parent_version_id)
+            base_path, base_digest = versions.base_reference(parent)
+            version = Version(
+                name=self.next_name(session, run), track=run.track, parent_id=parent.id, run_id=run.id,
+                kind=trained["weights_kind"], base_path=base_path, base_digest=base_digest, object=weights,
+                method=run.method, strategy=run.strategy, settings=run.settings, seed=run.seed,
+                parameters=parent.parameters, trained_parameters=trained["figures"]["trained_parameters"],
+                memory=parent.memory | kept,
+            )  # fmt: skip
+            session.add(version)
+            session.flush()
+            record(session, "clock", "version.registered", f"version:{version.id}", name=version.name, run=run.id,
+                   parent=parent.name, object=weights)  # fmt: skip
+            for measured, digest in figures:
+                of = version if measured["when"] == "after" else parent
+                for metric in ("exact_match", "answer_loss"):
+                    session.add(Measurement(
+                        version_id=of.id, snapshot_id=measured["snapshot_id"], split=measured["split"], metric=metric,
+                        task_id=session.get_one(Snapshot, measured["snapshot_id"]).task_id, value=measured[metric],
+                        items=measured["items"], object=digest,
+                    ))  # fmt: skip
+            session.flush()
+            self.decide(session, run, version, parent)
+            row = session.get_one(Run, run.id)
+            row.status, row.ended_at, row.figures = "done", now(), trained["figures"]
+            row.rehearsed = trained["figures"]["rehearsed"]
+            session.add(row)
+        for spent in ("checkpoints", "weights"):  # both are in the object store now, as far as they are needed
+            shutil.rmtree(order.folder / spent, ignore_errors=True)
+        return version
+
+    def decide(self, session: Session, run: Run, version: Version, parent: Version) -> None:
+        """Ask the gate, write its decision, and move the live alias if it promotes; a comparison is never judged."""
+        if run.track != MAIN:
+            version.state = "comparison"
+            session.add(version)
+            return
+        verdict = self.verdict(session, run, version, parent)
+        decision = Decision(version_id=version.id, against_version_id=parent.id, **verdict.model_dump())
+        version.state = "accepted" if verdict.verdict == "promote" else "refused"
+        session.add_all([decision, version])
+        session.flush()
+        record(session, "gate", f"version.{version.state}", f"version:{version.id}", decision=decision.id,
+               sentence=verdict.sentence)  # fmt: skip
+        if version.state == "accepted" and self.wish.deploy:
+            versions.deploy(session, version, decision_id=decision.id, actor="gate", reason=verdict.sentence)
+
+    def verdict(self, session: Session, run: Run, version: Version, parent: Version) -> Verdict:
+        """Judge the candidate against its parent, on the test items of the new task and of every old one."""
+        old = [(s, t) for s, t in lineage(session, parent) if s.task_id != run.task_id]
+        new = session.get_one(Snapshot, run.snapshot_id), session.get_one(Task, run.task_id)
+
+        def paired(taken: Snapshot, task: Task):
+            files = [
+                self.workspace.objects.path(measurement(session, v.id, taken.id).object) for v in (parent, version)
+            ]
+            return pair(task.name, *files)
+
+        return judge(paired(*new), [paired(*one) for one in old], self.wish.gate)
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    def split_file(self, taken: Snapshot, split: str) -> Path:
+        """Return the file of one part of a snapshot."""
+        return self.workspace.objects.path(taken.object) / f"{split}.jsonl"
+
+    def exam(self, taken: Snapshot, task: Task, split: str) -> Exam:
+        """Return the exam of one part of a snapshot."""
+        return Exam(snapshot_id=taken.id, task=task.name, split=split, file=self.split_file(taken, split))
+
+    def version_of(self, run: Run) -> Version | None:
+        """Return the version that a run made, or None."""
+        with self.workspace.read() as session:
+            return session.exec(select(Version).where(Version.run_id == run.id)).first()
+
+    def next_name(self, session: Session, run: Run) -> str:
+        """Return v1, v2, … on the main track and naive-<job>-<place> on a comparison."""
+        if run.track != MAIN:
+            return f"{run.track}-{run.job_id}-{run.position + 1}"
+        return f"v{len(session.exec(select(Version.id).where(Version.track == MAIN)).all())}"
+
+    def label(self, track: str, position: int) -> str:
+        """Return what a person reads of a place in the stream."""
+        where = f"{self.wish.stream[position].name} ({position + 1} of {len(self.wish.stream)})"
+        return where if track == MAIN else f"{track} comparison: {where}"
+
+    def share(self, number: int, position: int, within: float) -> float:
+        """Return how much of the job is done, 0..1."""
+        return (number * len(self.wish.stream) + position + within) / (len(self.tracks) * len(self.wish.stream))
+
+    def beat(self, stage: str, share: float) -> Job:
+        """Renew the lease and say where the job stands."""
+        row = self.queue.beat(self.job, status="running", stage=stage, done_share=share)
+        if row.is_cancel_asked:
+            raise Cancelled
+        return row
+
+    def result(self) -> dict:
+        """Return what the job made, by version name."""
+        with self.workspace.read() as session:
+            made = session.exec(
+                select(Version)
+                .join(Run, Run.id == Version.run_id)
+                .where(Run.job_id == self.job.id)
+                .order_by(Version.id)
+            ).all()
+        return {state: [v.name for v in made if v.state == state] for state in ("accepted", "refused", "comparison")}
+
+
+class Listener:
+    """Hears a training child: keeps its events as lines, and knows where it stands."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.failed, self._last, self._said = file, None, None, time.monotonic()
+
+    def __call__(self, event: AnyEvent) -> None:
+        with open(self.file, "a", encoding="utf-8") as lines:
+            lines.write(event.model_dump_json() + "\n")
+        if isinstance(event, Failed):
+            self.failed = event
+        self._last = event
+
+    def text(self, line: str) -> None:
+        """Keep a line that is no event, for whoever looks for the cause of a failure."""
+        with open(self.file.with_name("log.txt"), "a", encoding="utf-8") as log:
+            log.write(line)
+
+    def now(self, label: str) -> tuple[str, float]:
+        """Return (what is done now, share of the run 0..1): nine tenths are training, the rest is measuring."""
+        match self._last:
+            case Progress(step=step, of=of, eta_s=eta):
+                return f"{label}: training, step {step} of {of}, {eta:.0f} s to go", 0.05 + 0.85 * step / of
+            case Started(step=step, of=of):
+                return f"{label}: training, step {step} of {of}", 0.05
+            case Measuring(task=task, done=done, of=of):
+                return f"{label}: measuring {task}", 0.9 + 0.09 * done / of
+            case None:
+                return f"{label}: loading the model", 0.01
+            case _:
+                return f"{label}: measuring", 0.9
+
+
+def lineage(session: Session, version: Version) -> list[tuple[Snapshot, Task]]:
+    """Return what a version has learned on its way from the base, oldest first; of a task learned twice, the newest."""
+    learned: dict[int, tuple[Snapshot, Task]] = {}
+    step: Version | None = version
+    while step is not None and step.run_id is not None:
+        run = session.get_one(Run, step.run_id)
+        if run.task_id not in learned:
+            learned[run.task_id] = session.get_one(Snapshot, run.snapshot_id), session.get_one(Task, run.task_id)
+        step = session.get(Version, step.parent_id)
+    return list(reversed(learned.values()))
+
+
+def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
+    """Return a version's exact match on a snapshot's test items, or None where it was not measured."""
+    return session.exec(
+        select(Measurement).where(
+            Measurement.version_id == version_id, Measurement.snapshot_id == snapshot_id,
+            Measurement.split == "test", Measurement.metric == "exact_match",
+        ).order_by(Measurement.id.desc())
+    ).first()  # fmt: skip
+
+
+__all__ = ["Cancelled", "ClmError", "Cycle"]

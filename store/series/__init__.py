@@ -1,0 +1,1 @@
+"""Measurements over time, kept as JSON lines and asked with DuckDB."""

@@ -1,0 +1,1 @@
+"""What a person or a program touches: the page, the routes and the terminal's tables."""

@@ -1,0 +1,66 @@
+"""Tasks and their rows: give a file, get a frozen snapshot, look into it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, File, Form, Query, UploadFile
+
+from clm_app.data import ingest
+from clm_app.errors import BadData, NotThere
+from store.tables import Snapshot, Task
+from ui.api._base import Api
+
+MB = 1024 * 1024
+
+
+class Data(Api):
+    """GET and POST /api/tasks, GET /api/tasks/{name}/rows."""
+
+    def routes(self) -> APIRouter:
+        """Return the router."""
+        router, workspace = APIRouter(tags=["data"]), self.house.workspace
+
+        @router.get("/api/tasks")
+        def tasks() -> list[dict[str, Any]]:
+            """Return every task with its newest snapshot."""
+            return [_plain(task, taken) for task, taken in ingest.tasks(workspace)]
+
+        @router.post("/api/tasks", status_code=201)
+        def add(name: Annotated[str, Form()], file: Annotated[UploadFile, File()]) -> dict[str, Any]:
+            """Check a file of rows and freeze it as a new task; the whole file is refused or taken."""
+            with tempfile.TemporaryDirectory(dir=workspace.uploads) as folder:
+                path = Path(folder) / (Path(file.filename or "rows.jsonl").name or "rows.jsonl")
+                self._write(file, path)
+                taken = ingest.snapshot(workspace, name, path, self.house.actor)
+            return next(_plain(t, s) for t, s in ingest.tasks(workspace) if s.id == taken.id)
+
+        @router.get("/api/tasks/{name}/rows")
+        def rows(
+            name: str,
+            split: Literal["train", "validation", "test"] = "train",
+            limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+        ) -> list[dict[str, Any]]:
+            """Return the first rows of one part of the task's newest snapshot."""
+            for task, taken in ingest.tasks(workspace):
+                if task.key == name.strip().lower():
+                    return [row.model_dump() for row in ingest.rows_of(workspace, taken, split)[:limit]]
+            raise NotThere(f"There is no task {name!r}. GET /api/tasks lists them.")
+
+        return router
+
+    def _write(self, file: UploadFile, path: Path) -> None:
+        most = self.house.workspace.settings.max_file_mb
+        written = 0
+        with open(path, "wb") as out:
+            while block := file.file.read(MB):
+                written += len(block)
+                if written > most * MB:
+                    raise BadData(f"{path.name} is larger than {most} MB. Split it, or raise CLM_MAX_FILE_MB.")
+                out.write(block)
+
+
+def _plain(task: Task, taken: Snapshot) -> dict[str, Any]:
+    return {"name": task.name, "id": task.id, "snapshot": taken.model_dump(mode="json")}

@@ -1,0 +1,1 @@
+"""The shelf of tabs: one file each."""
