@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -483,7 +484,6 @@ def add_learning(parser: argparse.ArgumentParser, many: bool) -> None:
     add("--seed", type=count_from(0), metavar="N", help="start of the random numbers")
     naive_help = "also learn without any strategy, to compare (default: yes)"
     add("--naive", action=argparse.BooleanOptionalAction, default=True, help=naive_help)
-    add("--exit", action="store_true", help="end when learning is done instead of leaving the page open")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -503,6 +503,7 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in (demo, learn):
         add_opening(verb, inherits=True)
         add_learning(verb, many=verb is learn)
+    demo.add_argument("--exit", action="store_true", help="end when it is shown, instead of leaving the page open")
     add_verb("test", "run the tests; whatever follows goes to pytest")
     setup = add_verb("setup", "only make .venv complete")
     setup.add_argument("--llama", action="store_true", help="also compile llama.cpp (5 to 12 minutes)")
@@ -558,26 +559,129 @@ def inside(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> int:
-    return open_app(arguments.home, arguments.port, arguments.browser)
-
-
-def open_app(home: Path | None, port: int, browser: bool) -> int:
-    from jobs import app
-    from ui import server
-
-    return server.serve(home, port=port, browser=browser, parts=app.parts(home))
+    return run_app(arguments, arguments.home, arguments.browser)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from jobs import app
+    from ui import story
 
-    return app.demo(arguments)
+    home = (arguments.home or _fresh_demo_home()).expanduser().resolve()
+    chosen = vars(arguments)
+
+    def show(address: str, console) -> None:
+        console.print(f"Workspace {home}, page {address} (you can watch there).")
+        story.demo(story.Door(address), home, arguments.data and arguments.data.resolve(), arguments.tasks, chosen, console)
+        if not arguments.exit:
+            console.rule()
+            console.print(f"The page stays open on this workspace: {address}   (Ctrl-C ends it)")
+
+    return run_app(arguments, home, arguments.browser and not arguments.exit, show, ends=arguments.exit)
+
+
+def _fresh_demo_home() -> Path:
+    """Return a demo folder that no demo has used yet, so that nothing of an earlier one is touched."""
+    from clm_app.settings import default_home
+
+    number = 1
+    while (home := default_home() / f"demo-{number}").exists():
+        number += 1
+    return home
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    from jobs import app
+    """Learn over the app that is open on this workspace, or over one that is opened for as long as it takes."""
+    from rich.console import Console
 
-    return app.learn(arguments)
+    from clm_app.data.streams import stream_from
+    from clm_app.settings import Settings
+    from ui import story
+
+    home = (arguments.home or Settings().home).expanduser().resolve()
+
+    def show(address: str, console) -> None:
+        stream = [s for path in arguments.data for s in stream_from(path.resolve(), arguments.tasks, home / "cache")]
+        story.learn(story.Door(address), story.wish_for(stream, vars(arguments)), console)
+
+    if address := open_address(home):
+        with said_plainly(Console(), []) as failures:
+            show(address, Console())
+        return len(failures)
+    return run_app(arguments, home, False, show, ends=True)
+
+
+def open_address(home: Path) -> str | None:
+    """Return the address of the app that is open on this workspace, or None."""
+    import httpx
+
+    try:
+        address = json.loads((home / "app.json").read_text(encoding="utf-8"))["address"]
+        found = httpx.get(f"{address}/api/health", timeout=5).json()["home"]
+    except (OSError, ValueError, KeyError, httpx.HTTPError):
+        return None
+    return address if Path(found) == home.resolve() else None
+
+
+def run_app(arguments: argparse.Namespace, home: Path | None, browser: bool, story=None, ends: bool = False) -> int:
+    """Open the workspace, the port and the clock, and serve until Ctrl-C, or until the story is told if it `ends`.
+
+    story: told in a thread of its own with the app's address; what it refuses is printed and makes the exit code 1.
+    """
+    import _thread
+
+    from rich.console import Console
+
+    from clm_app.serving.router import Router
+    from clm_app.settings import Settings
+    from clm_app.workspace import Workspace
+    from jobs.clock import Clock
+    from jobs.supervisor import spawn
+    from ui.house import House
+    from ui.server import serve
+
+    console, failures = Console(), []
+    with said_plainly(console, failures):
+        workspace = Workspace(Settings(**({"home": home} if home else {})))
+        router = Router(workspace, spawn)
+        clock = Clock(workspace, spawn, on_deploy=lambda: threading.Thread(target=router.switch, daemon=True).start())
+
+        def opened(address: str) -> None:
+            (workspace.home / "app.json").write_text(json.dumps({"address": address, "pid": os.getpid()}))
+            console.print(f"CLM is open at {address}")
+            clock.start()
+            if story:
+                threading.Thread(target=told, args=[address], daemon=True).start()
+
+        def told(address: str) -> None:
+            with said_plainly(console, failures):
+                story(address, console)
+            if ends or failures:
+                _thread.interrupt_main()
+
+        def closed() -> None:
+            (workspace.home / "app.json").unlink(missing_ok=True)
+            clock.stop()
+            router.close()
+            workspace.close()
+
+        port = Settings().port if arguments.port is None else arguments.port
+        serve(House(workspace, router), port=port, open_browser=browser, on_stop=closed, on_open=opened)
+    return min(1, len(failures))
+
+
+@contextlib.contextmanager
+def said_plainly(console, failures: list) -> Iterator[list]:
+    """Print a refusal as one sentence and note it in `failures`; anything unforeseen keeps its traceback."""
+    from clm_app.errors import ClmError, plain
+    from store.db import HomeIsTaken
+
+    try:
+        yield failures
+    except (ClmError, HomeIsTaken, OSError) as error:
+        failures.append(error)
+        console.print(str(error) if isinstance(error, HomeIsTaken) else plain(error), style="red", markup=False)
+    except Exception as error:
+        failures.append(error)
+        console.print_exception()
 
 
 def _test(arguments: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def build(house: House) -> gr.Blocks:
 def _keep_true(
     page: gr.Blocks, opened: gr.State, items: list[tuple[str, gr.Tab]], acts: list, parts: list[tuple[str, Live]]
 ) -> None:
-    """Read the live parts when the page loads, when a tab is opened, at each tick and after each act."""
+    """Read the live parts when the page loads, when a tab is opened, at each tick, and after each act or choice."""
     sent = gr.State({})
     inputs = [widget for _, live in parts for widget in live.inputs]
     outputs = [widget for _, live in parts for widget in live.shows]
@@ -69,6 +69,8 @@ def _keep_true(
         item.select(partial(_open, name), None, opened, **quiet).then(
             partial(read, True), [opened, sent, *inputs], [sent, *outputs], **quiet
         )
+    for widget in {widget._id: widget for widget in inputs}.values():
+        widget.input(partial(read, False), [opened, sent, *inputs], [sent, *outputs], trigger_mode="always_last", **quiet)
     for act in acts:
         act.then(partial(read, False), [opened, sent, *inputs], [sent, *outputs], **quiet)
 
@@ -97,7 +99,7 @@ def _header(house: House) -> str:
     version, since = story["version"], ago(story["deployment"].created_at)
     return (
         f'<header class="clm-header"><div class="clm-name"><b>CLM</b><span>keeps learning, keeps what it knows</span>'
-        f'</div><div class="clm-live"><span class="clm-dot" aria-hidden="true"></span>live: <b>{safe(version.name)}</b> '
+        f'</div><div class="clm-now"><span class="clm-dot" aria-hidden="true"></span>live: <b>{safe(version.name)}</b> '
         f"<small>since {since}</small></div>{hardware_strip(hardware.reading(house.workspace.home))}"
         f'<small class="clm-release">{safe(clm_app.__version__)}</small></header>'
     )

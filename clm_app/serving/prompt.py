@@ -17,10 +17,10 @@ LARGEST_CONTEXT = 8192  # tokens; the cache of keys and values grows with it, an
 APART = "\u200b"  # zero-width space
 # For a folder without a chat template, as base models come; `{% generation %}` marks what training would learn.
 FALLBACK_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}Assistant: {% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}\n"
-    "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% for m in messages %}{{ m['role'] | capitalize }}:{{ '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
 )
 
 

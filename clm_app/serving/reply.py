@@ -8,7 +8,7 @@ BROKEN = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a
 
 
 class Reply:
-    """The text of one reply. All that `push` and `rest` return, put together, is what decoding all ids at once gives."""
+    """The text of one reply. What `push` and `rest` return, put together, is what decoding all ids at once gives."""
 
     def __init__(self, tokenizer: Any, stop: list[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop

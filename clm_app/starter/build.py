@@ -288,7 +288,7 @@ def export(work: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(work / "tokenizer").save_pretrained(out)
     sizes = json.loads((work / "prepared.json").read_text())
     figures = {
-        "held_out_bits_per_byte": round(held_out, 4),
+        "held_out_bits_per_byte": round(float(held_out), 4),
         "steps": saved["step"],
         "training_seconds": round(saved["seconds"]),
         "data": sizes,

@@ -51,9 +51,6 @@ class Data(Tab):
             checked,
             add.click(self._add, [self.file, self.task_name], [self.answer, self.file, self.task_name, self.task]),
             examples.click(self._add_examples, None, [self.answer, self.task]),
-            self.task.input(lambda: None, None, None),
-            self.split.input(lambda: None, None, None),
-            self.search.change(lambda: None, None, None),
         ]
 
     def live(self) -> list[Live]:
@@ -72,7 +69,8 @@ class Data(Tab):
 
     def _choices(self, chosen: str | None):
         names = self._names()
-        return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None))
+        # The value is sent only where it has to change: an answer that is under way must not undo a newer choice.
+        return gr.update(choices=names) if chosen in names else gr.update(choices=names, value=self._first())
 
     def _check(self, file: str, name: str):
         """Read the file and say what is in it; nothing is kept yet. An empty name is proposed from the file's."""

@@ -1,0 +1,1 @@
+"""The embedded default model: its weights, its card and the script that rebuilds it."""

@@ -1,0 +1,174 @@
+"""Playground: talk to the live version, or put two versions side by side and ask both the same."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import gradio as gr
+
+from clm_app.errors import BadInput, ChildFailed, plain
+from clm_app.registry import versions
+from clm_app.serving.chat import ChatOptions
+from ui.parts.live import Live, drawing
+from ui.parts.words import notice
+from ui.tabs._base import Tab
+
+NOBODY = ""
+SHOW_EVERY_S = 0.1  # pieces are gathered so long before the page is told; a page per token would be slower to read
+
+Messages = list[dict[str, str]]
+
+
+class Answer:
+    """One version's reply as it comes: a thread reads it, the page looks at it."""
+
+    def __init__(self, house, version: str, messages: Messages, options: ChatOptions) -> None:
+        self.version, self.text, self.end, self.tokens, self.problem = version, "", "", 0, ""
+        self.is_stopped = threading.Event()
+        self._house, self._messages, self._options = house, messages, options
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.is_stopped.is_set() or not self._thread.is_alive()
+
+    def _read(self) -> None:
+        try:
+            if self._house.router is None:
+                raise ChildFailed("Serving is not ready yet. Wait a moment and ask again.")
+            with closing(self._house.router.chat(self.version, self._messages, self._options)) as pieces:
+                for piece in pieces:
+                    if self.is_stopped.is_set():
+                        return
+                    self.text, self.version = self.text + piece.text, piece.version or self.version
+                    self.tokens, self.end = piece.completion_tokens or self.tokens, piece.finish_reason or self.end
+        except Exception as err:  # the border of an answer: the sentence takes its place
+            self.problem = plain(err)
+
+    def shown(self) -> dict[str, Any]:
+        """Return the reply as a message of the chat, with the version that gives it in its last line."""
+        if self.problem:
+            return _message(f"{self.text}\n\n**No answer from {self.version}.** {self.problem}".strip())
+        if not self.is_over and not self.text:
+            return _message(f"*{self.version} is thinking …*")
+        told = {"length": ", cut at its longest length"}.get(self.end, ", stopped" if self.is_stopped.is_set() else "")
+        foot = f"{self.version}, {self.tokens} tokens{told}" if self.is_over else f"{self.version} …"
+        return _message(f"{self.text}\n\n*{foot}*")
+
+    def said(self) -> Messages:
+        """Return what is remembered of the reply for the next turn."""
+        return [{"role": "assistant", "content": self.text}] if self.text else []
+
+
+class Playground(Tab):
+    """Two panes over one line to write in; what was said is kept per pane."""
+
+    title = "Playground"
+    order = 40
+
+    def build(self) -> list:
+        """Make the panes and their events."""
+        self.answers: dict[str, list[Answer]] = {}  # by page session: what the stop button ends
+        with gr.Row(equal_height=True):
+            self.left = gr.Dropdown(self._choices(), value="live", label="Talk to", min_width=200)
+            self.right = gr.Dropdown(
+                [("nobody", NOBODY), *self._choices()], value=NOBODY, label="Compare with", min_width=200,
+                elem_id="clm-compare",
+            )  # fmt: skip
+            with gr.Accordion("How it answers", open=False):
+                with gr.Row():
+                    self.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest word each time")
+                    self.longest = gr.Slider(
+                        1, 1024, min(self.workspace.settings.max_new_tokens, 1024), step=1, label="Longest answer", info="tokens"
+                    )
+        with gr.Row(equal_height=True):
+            panes = [self._pane("Answer", True), self._pane("Compared answer", False)]
+        heard = [gr.State([]), gr.State([])]
+        with gr.Row(equal_height=True):
+            prompt = gr.Textbox(
+                label="Message", placeholder="Ask what you would ask it at work", lines=1, max_lines=6, scale=5,
+                min_width=240, elem_id="clm-message",
+            )  # fmt: skip
+            with gr.Column(scale=2, min_width=240), gr.Row(elem_classes="clm-sends"):
+                send = gr.Button("Send", variant="primary", elem_id="clm-send", min_width=70)
+                stop = gr.Button("Stop", elem_id="clm-stop", min_width=70)
+                clear = gr.Button("Clear", min_width=70)
+        self.note = drawing()
+        given = [prompt, self.left, self.right, self.temperature, self.longest, *heard, *panes]
+        shown = [prompt, self.note, *panes, *heard]
+        for trigger in (prompt.submit, send.click):
+            trigger(self._talk, given, shown, concurrency_id="talk", concurrency_limit=4, show_progress="hidden")
+        stop.click(self._stop, None, None, queue=False)
+        clear.click(self._stop, None, None, queue=False).then(
+            lambda: ([], [], [], [], ""), None, [*panes, *heard, self.note], queue=False
+        )
+        self.right.change(lambda v: gr.update(visible=v != NOBODY), self.right, panes[1], queue=False, show_progress="hidden")
+        return []
+
+    def _pane(self, label: str, is_seen: bool) -> gr.Chatbot:
+        return gr.Chatbot(
+            label=label, visible=is_seen, height=420, min_width=280, buttons=["copy", "copy_all"], allow_tags=False,
+            latex_delimiters=[], feedback_options=None, placeholder="Nothing was said yet.", layout="bubble",
+        )  # fmt: skip
+
+    def live(self) -> list[Live]:
+        """Return the two choices of a version."""
+        return [
+            Live([self.left], lambda: gr.update(choices=self._choices())),
+            Live([self.right], lambda: gr.update(choices=[("nobody", NOBODY), *self._choices()])),
+        ]
+
+    def _choices(self) -> list[tuple[str, str]]:
+        live = versions.live(self.workspace).name
+        return [(f"the live version (now {live})", "live"), *((v.name, v.name) for v in versions.everything(self.workspace))]
+
+    def _talk(
+        self, prompt: str, left: str, right: str, temperature: float, longest: int, heard_left: Messages,
+        heard_right: Messages, shown_left: list, shown_right: list, request: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """Ask one version, or two at once, and show their replies as they come."""
+        try:
+            if not prompt.strip():
+                raise BadInput("The message is empty. Write something, then send it.")
+            options = ChatOptions(temperature=temperature, max_tokens=int(longest))
+        except Exception as err:
+            yield gr.skip(), notice(plain(err), "problem"), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return
+        asked = [{"role": "user", "content": prompt.strip()}]
+        heard = [heard_left + asked, heard_right + asked]
+        seen = [shown_left + asked, shown_right + asked]
+        names = [left, right] if right != NOBODY else [left]
+        answers = [Answer(self.house, name, said, options) for name, said in zip(names, heard, strict=False)]
+        self.answers[request.session_hash] = answers
+        try:
+            is_first = True
+            while True:
+                is_over = all(answer.is_over for answer in answers)  # before showing, so that the last piece is shown
+                panes = [[*pane, answer.shown()] for pane, answer in zip(seen, answers, strict=False)]
+                panes += [gr.skip()] * (2 - len(panes))
+                if is_over:
+                    kept = [said + answer.said() for said, answer in zip(heard, answers, strict=False)]
+                    yield gr.skip(), "", *panes, *kept, *[gr.skip()] * (2 - len(kept))
+                    return
+                yield "" if is_first else gr.skip(), "", *panes, gr.skip(), gr.skip()
+                is_first = False
+                time.sleep(SHOW_EVERY_S)
+        finally:  # also when the page was closed or asked anew: nobody reads these any more
+            for answer in answers:
+                answer.is_stopped.set()
+            self.answers.pop(request.session_hash, None)
+
+    def _stop(self, request: gr.Request) -> None:
+        for answer in self.answers.get(request.session_hash, []):
+            answer.is_stopped.set()
+
+
+def _message(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
