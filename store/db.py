@@ -87,7 +87,6 @@ class Database:
         """Yield a session for reading; what it loads stays usable afterwards, and nothing is written."""
         with Session(self.engine, expire_on_commit=False) as session:
             yield session
-            session.rollback()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from clm_app.registry import versions
 from clm_app.serving import gguf as convert
 from clm_app.serving.chat import ChatOptions, Message
 from clm_app.serving.choice import choose
+from clm_app.serving.handle import Handle
+from clm_app.serving.order import Order
 from clm_app.serving.prompt import Prompt
 from clm_app.serving.reply import Reply
 from clm_app.serving.router import Router
@@ -251,7 +254,8 @@ def test_a_gguf_file_says_how_to_read_itself(folder, tmp_path):
         "block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "rope.dimension_count",
         "context_length", "vocab_size")} == {
         "block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2,
-        "rope.dimension_count": 16, "context_length": 2048, "vocab_size": len(said["tokenizer.ggml.tokens"])}  # fmt: skip
+        "rope.dimension_count": 16, "context_length": 2048, "vocab_size": len(said["tokenizer.ggml.tokens"]),
+    }  # fmt: skip
     assert (said["general.architecture"], said["tokenizer.ggml.model"], said["tokenizer.ggml.pre"]) == (
         "llama", "gpt2", "gpt-2")  # fmt: skip
     assert said["tokenizer.ggml.tokens"][:6] == SPECIALS and said["tokenizer.ggml.tokens"][-1].startswith("[PAD")
@@ -378,7 +382,8 @@ class Echoes:
     def add(self, name, *, is_live=False, **load):
         self._folder(self.tmp_path / name, **load)
         with self.workspace.write() as session:
-            row = Version(name=name, kind="base", base_path=str(self.tmp_path / name), base_digest=name, state="accepted")
+            path = str(self.tmp_path / name)
+            row = Version(name=name, kind="base", base_path=path, base_digest=name, state="accepted")
             session.add(row)
             session.flush()
             if is_live:
@@ -431,6 +436,7 @@ def test_live_goes_on_with_the_old_version_until_the_new_one_has_loaded(echoes):
 
 def test_switch_returns_when_live_has_moved_and_back_takes_no_loading(echoes):
     echoes.router.warm("live")
+    assert echoes.states() == {"v0": "live"}
     echoes.add("v1", is_live=True)
     echoes.router.switch()
     assert text_of(echoes.ask()) == "v1"
@@ -561,24 +567,29 @@ def test_errors_have_the_shape_that_clients_expect(client, address):
     with pytest.raises(openai.NotFoundError, match="There is no version 'gpt-5'") as err:
         ask(model="gpt-5", messages=HELLO)
     assert err.value.code == "model_not_found" and err.value.param == "model"
-    for wrong, param in (({"temperature": 9}, "temperature"), ({"n": 2}, None), ({"stop": [""]}, "stop"),
-                         ({"messages": []}, "messages"), ({"messages": [{"role": "tool", "content": ""}]}, "role"),
-                         ({"messages": [{"role": "user", "content": "word " * 3000}]}, None),
-                         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages")):  # fmt: skip
+    for wrong, param in (
+        ({"temperature": 9}, "temperature"), ({"n": 2}, None), ({"stop": [""]}, "stop"), ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": ""}]}, "role"),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as err:
             ask(**({"model": "live", "messages": HELLO, "stream": True} | wrong))
         assert err.value.param == param and err.value.type == "invalid_request_error"
-    posted = [httpx.post(f"{address}/v1/chat/completions", **body) for body in (
-        {"data": {"model": "live"}}, {"content": b"{", "headers": {"content-type": "application/json"}}, {"json": [1]},
-        {"content": b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "headers": {"content-type": "application/json"}},
-    )]  # fmt: skip
+    typed = {"content-type": "application/json"}
+    broken = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    posted = [
+        httpx.post(f"{address}/v1/chat/completions", **body)
+        for body in ({"data": {"model": "live"}}, {"json": [1]}, {"content": b"{", "headers": typed},
+                     {"content": broken, "headers": typed})
+    ]  # fmt: skip
     assert [p.status_code for p in posted] == [400] * 4 and all("message" in p.json()["error"] for p in posted)
 
 
 def in_flight(house, version):
     handle = house.router._hosts[version]
-    answer = httpx.get(f"http://127.0.0.1:{handle.port}/health", headers={"Authorization": f"Bearer {handle.order.key}"})
-    return answer.json()["in_flight"]
+    key = {"Authorization": f"Bearer {handle.order.key}"}
+    return httpx.get(f"http://127.0.0.1:{handle.port}/health", headers=key).json()["in_flight"]
 
 
 def test_a_host_answers_only_who_has_its_key(house):
@@ -591,18 +602,24 @@ def test_a_host_answers_only_who_has_its_key(house):
     assert in_flight(house, "v1") == 0
 
 
-def test_a_client_that_hangs_up_frees_the_host(client, house):
+def test_clients_that_hang_up_free_the_host_and_its_queue(client, address, house):
     house.router.warm("v1")
-    stream = client.chat.completions.create(
-        model="v1", messages=HELLO, max_tokens=1900, stream=True
-    )
-    waiting = threading.Thread(target=lambda: client.chat.completions.create(model="v1", messages=HELLO, max_tokens=2))
+    stream = client.chat.completions.create(model="v1", messages=HELLO, max_tokens=1900, stream=True)
     next(stream)
-    assert in_flight(house, "v1") == 1
-    waiting.start()
+
+    def impatient():
+        with pytest.raises(httpx.ReadTimeout):
+            body = {"model": "v1", "messages": HELLO, "max_tokens": 1900}
+            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=0.4)
+
+    threads = [threading.Thread(target=impatient) for _ in range(9)]
+    for thread in threads:
+        thread.start()
+    until(lambda: in_flight(house, "v1") == 10)
     stream.close()
-    until(lambda: in_flight(house, "v1") == 0)
-    waiting.join()
+    for thread in threads:
+        thread.join()
+    until(lambda: in_flight(house, "v1") == 0, limit_s=5)  # ten whole replies take about 13 s
     until(lambda: all(row["in_flight"] == 0 for row in house.router.status()))
 
 
@@ -620,6 +637,26 @@ def test_a_killed_host_fails_one_request_and_answers_the_next(client, house):
         list(stream)
     assert client.chat.completions.create(model="v0", messages=HELLO, max_tokens=2).choices[0].finish_reason
     assert next(row["pid"] for row in house.router.status() if row["version"] == "v0") != pid
+
+
+def test_a_host_that_cannot_load_says_why(folder, tmp_path):
+    order = Order(
+        version="v7", base=folder, adapter=None, backend="abacus", threads=1, key="k" * 40, converted=tmp_path
+    )
+    handle = Handle(order, "")
+    handle.start(spawn, tmp_path / "orders")
+    with pytest.raises(ChildFailed, match="v7 could not be loaded: 'abacus' is not among the backends"):
+        handle.wait()
+
+
+def test_the_apps_own_process_never_imports_torch(folder):
+    code = (
+        "import sys; from pathlib import Path; import clm_app.serving.router, clm_app.serving.host, ui.api.openai;"
+        f"from clm_app.serving.choice import choose; choose('auto', Path({str(folder)!r}));"
+        "sys.exit(str({'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules)) if "
+        "{'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules) else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
 
 
 def test_a_host_ends_with_its_parent(house):

@@ -18,7 +18,9 @@ STATE_STYLE = {"accepted": "green", "refused": "red", "candidate": "yellow", "ba
 
 def matrix_table(matrix: Matrix, title: str = "What was kept") -> Table:
     """Return the retention matrix: a row per version, a column per task, exact match in percent of the test rows."""
-    caption = f"average accuracy {percent(matrix.average_accuracy)}, backward transfer {points(matrix.backward_transfer)}"
+    caption = (
+        f"average accuracy {percent(matrix.average_accuracy)}, backward transfer {points(matrix.backward_transfer)}"
+    )
     table = Table(title=title, caption=f"{caption}\nrow: version after learning task i; column: task j")
     table.add_column("after")
     for task in matrix.tasks:
@@ -43,9 +45,13 @@ def versions_table(versions: Iterable[Version], live: str) -> Table:
     for heading in ("version", "state", "parent", "track", "strategy", "method", "made"):
         table.add_column(heading)
     for v in versions:
-        state = Text("live", style="bold green") if v.name == live else Text(v.state, style=STATE_STYLE.get(v.state, ""))
+        state = (
+            Text("live", style="bold green") if v.name == live else Text(v.state, style=STATE_STYLE.get(v.state, ""))
+        )
         parent = names.get(v.parent_id, "–")
-        table.add_row(Text(v.name), state, Text(parent), v.track, v.strategy or "–", v.method or "–", moment(v.created_at))
+        table.add_row(
+            Text(v.name), state, Text(parent), v.track, v.strategy or "–", v.method or "–", moment(v.created_at)
+        )
     return table
 
 

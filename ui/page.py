@@ -17,7 +17,7 @@ from ui.house import House
 from ui.parts.hardware import hardware_strip
 from ui.parts.live import Live, digest, drawing
 from ui.parts.theme import theme
-from ui.parts.words import ago, safe
+from ui.parts.words import moment, safe
 
 TICK_S = 2.0
 EVERYWHERE = ""  # live parts that every tab shows
@@ -70,7 +70,9 @@ def _keep_true(
             partial(read, True), [opened, sent, *inputs], [sent, *outputs], **quiet
         )
     for widget in {widget._id: widget for widget in inputs}.values():
-        widget.input(partial(read, False), [opened, sent, *inputs], [sent, *outputs], trigger_mode="always_last", **quiet)
+        widget.input(
+            partial(read, False), [opened, sent, *inputs], [sent, *outputs], trigger_mode="always_last", **quiet
+        )
     for act in acts:
         act.then(partial(read, False), [opened, sent, *inputs], [sent, *outputs], **quiet)
 
@@ -96,10 +98,9 @@ def _read(parts: list[tuple[str, Live]], is_all: bool, opened: str, sent: dict, 
 
 def _header(house: House) -> str:
     story = questions.live_story(house.workspace)
-    version, since = story["version"], ago(story["deployment"].created_at)
+    version, since = story["version"], moment(story["deployment"].created_at)
     return (
-        f'<header class="clm-header"><div class="clm-name"><b>CLM</b><span>keeps learning, keeps what it knows</span>'
-        f'</div><div class="clm-now"><span class="clm-dot" aria-hidden="true"></span>live: <b>{safe(version.name)}</b> '
-        f"<small>since {since}</small></div>{hardware_strip(hardware.reading(house.workspace.home))}"
-        f'<small class="clm-release">{safe(clm_app.__version__)}</small></header>'
+        f'<header class="clm-header"><div class="clm-name"><b>CLM</b><small>{safe(clm_app.__version__)}</small></div>'
+        f'<div class="clm-now"><span class="clm-dot" aria-hidden="true"></span>live: <b>{safe(version.name)}</b> '
+        f"<small>since {since}</small></div>{hardware_strip(hardware.reading(house.workspace.home))}</header>"
     )

@@ -109,10 +109,8 @@ class Door:
     def _refusal(self, scope: dict, headers: dict[str, str]) -> Response | None:
         host = headers.get("host", "")
         if _host_name(host) not in LOOPBACK:
-            return JSONResponse(
-                {"error": f"The host name {host[:100]!r} is not this machine. Open http://127.0.0.1 with the app's port."},
-                421,
-            )
+            said = f"The host name {host[:100]!r} is not this machine. Open http://127.0.0.1 with the app's port."
+            return JSONResponse({"error": said}, 421)
         changes = scope["type"] == "websocket" or scope["method"] in UNSAFE
         origin = headers.get("origin")
         if changes and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
@@ -165,7 +163,7 @@ async def _with_page(house: House) -> AsyncIterator[None]:
 
 
 async def _keep_page(house: House, is_over: asyncio.Event) -> None:
-    """Build the page in a thread, enter its lifespan, and stay in it; one task, since a lifespan is left where it began."""
+    """Build the page in a thread and stay in its lifespan; one task, since a lifespan is left where it was entered."""
     try:
         inner = await asyncio.to_thread(_build_page, house)
         async with inner.router.lifespan_context(inner):

@@ -118,13 +118,15 @@ class Handle:
 
         Raises:
             ClmError: the host refused; the same kind of error as it had.
-            HostGone: it could not be reached. HostLost: it ended or hung before the reply was whole.
+            HostGone: it never heard of the conversation. HostLost: it ended or hung before the reply was whole.
         """
+        has_heard = False  # a host sends the head of its answer at once, before it computes anything
         try:
             with http.stream(
                 "POST", f"http://127.0.0.1:{self.port}/chat", json=ask.model_dump(), timeout=httpx.Timeout(SILENT_S),
                 headers={"Authorization": f"Bearer {self.order.key}"},
             ) as response:  # fmt: skip
+                has_heard = True
                 if response.status_code != 200:
                     response.read()
                     raise BadInput(f"The conversation was refused: {response.text[:300]}. Correct it and try again.")
@@ -133,10 +135,9 @@ class Handle:
                     yield piece
                     if piece.finish_reason:
                         return
-        except httpx.ConnectError as err:
-            raise HostGone(self._lost()) from err
         except httpx.TransportError as err:
-            raise HostLost(self._lost()) from err
+            is_gone = not has_heard and not isinstance(err, httpx.TimeoutException)
+            raise (HostGone if is_gone else HostLost)(self._lost()) from err
         raise HostLost(self._lost())
 
     def _lost(self) -> str:

@@ -72,6 +72,9 @@ class Router:
         """Load a version, or the deployed one for "live", and return when it is ready."""
         name = self._deployed() if version == "live" else version
         self._give_back(self._borrow(name))
+        with self._change:
+            if version == "live" and self._pointed is None:
+                self._pointed = name
 
     def switch(self) -> None:
         """Load the deployed version, then send "live" there; call it after each deployment.

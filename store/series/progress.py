@@ -7,7 +7,7 @@ from pathlib import Path
 from store.db import query
 
 COLUMNS = ("{kind: 'VARCHAR', step: 'BIGINT', \"of\": 'BIGINT', loss: 'DOUBLE', learning_rate: 'DOUBLE', "
-           "tokens_per_s: 'DOUBLE', eta_s: 'DOUBLE', memory_mb: 'DOUBLE', at: 'DOUBLE'}")  # fmt: skip
+           "tokens_per_s: 'DOUBLE', eta_s: 'DOUBLE', memory_mb: 'DOUBLE', \"at\": 'DOUBLE'}")  # fmt: skip
 
 
 def curve(events: Path, points: int = 400) -> list[dict]:
@@ -22,9 +22,9 @@ def curve(events: Path, points: int = 400) -> list[dict]:
         WITH lines AS (
             SELECT * FROM read_json(?, format='newline_delimited', ignore_errors=true, columns={COLUMNS})
             WHERE kind = 'progress' AND step IS NOT NULL
-            QUALIFY row_number() OVER (PARTITION BY step ORDER BY at DESC) = 1
+            QUALIFY row_number() OVER (PARTITION BY step ORDER BY "at" DESC) = 1
         ), numbered AS (SELECT *, row_number() OVER (ORDER BY step) AS n, count(*) OVER () AS total FROM lines)
-        SELECT step, "of", loss, learning_rate, tokens_per_s, eta_s, memory_mb, at FROM numbered
+        SELECT step, "of", loss, learning_rate, tokens_per_s, eta_s, memory_mb, "at" FROM numbered
         WHERE n % greatest(1, total // ?) = 0 OR n = total ORDER BY step
         """,
         [str(events), points],

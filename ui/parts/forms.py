@@ -47,7 +47,8 @@ def widget(name: str, field: FieldInfo) -> gr.components.Component:
         return gr.Dropdown(list(typing.get_args(field.annotation)), value=default, label=label, info=info)
     if kinds == [bool]:
         return gr.Checkbox(value=default, label=label, info=info)
-    if kinds in ([int], [float], [int, float]):
+    is_optional = field.annotation is not kinds[0]
+    if kinds in ([int], [float]) and not is_optional:  # an empty number widget sends 0, so it cannot say "not given"
         return gr.Number(value=default, label=label, info=info, min_width=220)  # no bounds: the model refuses in words
     return gr.Textbox(value="" if default is None else str(default), label=label, info=info, min_width=220)
 
@@ -56,8 +57,12 @@ def meaning(field: FieldInfo) -> str:
     """Return a field's description with its bounds, for the line under its name."""
     said = []
     for kind, name, words in BOUNDS:
-        said += [f"{words} {getattr(m, name):g}" for m in field.metadata if isinstance(m, kind)]
+        said += [f"{words} {_number(getattr(m, name))}" for m in field.metadata if isinstance(m, kind)]
     return (field.description or "") + (f" ({', '.join(said)})" if said else "")
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _kinds(annotation: Any) -> list[type]:

@@ -17,10 +17,11 @@ def hardware_strip(reading: dict) -> str:
         parts.append(_meter(gpu["name"], gpu["memory_used_gb"] / gpu["memory_gb"], used))
     parts.append(f"<span><b>Disk</b> {reading['disk_free_gb']:.0f} GB free</span>")
     if not reading["gpus"]:
-        parts.append("<span>no GPU found: models train and answer on the CPU</span>")
+        parts.append("<span>no GPU found</span>")
     return f'<div class="clm-strip" aria-label="This machine: {safe(reading["sentence"])}">{"".join(parts)}</div>'
 
 
 def _meter(name: str, share: float, said: str) -> str:
     full = ' class="full"' if share > 0.9 else ""
-    return f'<span><b>{safe(name)}</b><i{full} style="--share:{min(share, 1):.3f}" aria-hidden="true"></i>{safe(said)}</span>'
+    bar = f'<i{full} style="--share:{min(share, 1):.3f}" aria-hidden="true"></i>'
+    return f"<span><b>{safe(name)}</b>{bar}{safe(said)}</span>"

@@ -1,4 +1,4 @@
-"""The retention matrix as a table whose colour follows the number; the number is in each cell, so colour adds nothing alone."""
+"""The retention matrix as a table: the number is in each cell, the colour only repeats it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ from ui.parts.words import percent, points, safe
 CAPTION = "row: version after learning task i; column: task j; exact match on the test rows"
 
 
-def heat_map(matrix: Matrix, title: str) -> str:
-    """Return one track's matrix with its average accuracy and backward transfer."""
-    heads = "".join(f'<th scope="col"><span>{safe(name)}</span></th>' for name in matrix.tasks)
-    rows = "".join(_row(matrix, i) for i in range(len(matrix.versions)))
+def heat_map(matrix: Matrix, title: str, tasks: list[str]) -> str:
+    """Return one track's matrix with its average accuracy and backward transfer.
+
+    tasks: the whole stream; those not learned yet get an empty column, so that two tracks stand in line.
+    """
+    tasks = tasks if tasks[: len(matrix.tasks)] == matrix.tasks else matrix.tasks
+    empty = '<td class="clm-heat-none"></td>' * (len(tasks) - len(matrix.tasks))
+    heads = "".join(f'<th scope="col">{safe(name)}</th>' for name in tasks)
+    rows = "".join(_row(matrix, i, empty) for i in range(len(matrix.versions)))
     change = "".join(_change(matrix, j) for j in range(len(matrix.tasks)))
     return (
         f'<figure class="clm-heat"><figcaption><b>{safe(title)}</b>'
         f"<span>average accuracy <strong>{percent(matrix.average_accuracy)}</strong></span>"
         f"<span>backward transfer <strong>{points(matrix.backward_transfer)}</strong></span></figcaption>"
-        f'<div class="clm-scroll" tabindex="0" role="region" aria-label="{safe(title)}: retention matrix"><table>'
-        f'<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>'
+        f'<div class="clm-scroll" tabindex="0" role="region" aria-label="{safe(title)}: retention matrix">'
+        f'<table style="min-width:{92 + 44 * len(tasks)}px">'
+        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>"
         f'<tfoot><tr><th scope="row">since learned</th>{change}</tr></tfoot></table></div>'
         f"<small>{CAPTION}</small></figure>"
     )
 
 
-def _row(matrix: Matrix, i: int) -> str:
+def _row(matrix: Matrix, i: int, empty: str) -> str:
     cells = "".join(_cell(matrix, i, j, value) for j, value in enumerate(matrix.values[i]))
-    return f'<tr><th scope="row">{safe(matrix.versions[i])}</th>{cells}</tr>'
+    return f'<tr><th scope="row">{safe(matrix.versions[i])}</th>{cells}{empty}</tr>'
 
 
 def _cell(matrix: Matrix, i: int, j: int, value: float | None) -> str:

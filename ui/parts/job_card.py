@@ -16,11 +16,10 @@ def job_card(workspace: Workspace, job: Job) -> str:
     share = min(max(job.done_share, 0.0), 1.0)
     return (
         f'<div class="clm-job"><div class="clm-job-line"><b>Job {job.id}</b> {chip(job.status, job.status)}'
-        f"<span>{safe(job.stage)}</span><span class=\"clm-right\">{_time(job)}</span></div>"
+        f'<span>{safe(job.stage)}</span><span class="clm-right">{_time(job)}</span><b>{percent(share)}</b></div>'
         f'<div class="clm-bar clm-bar-{safe(job.status)}" role="progressbar" aria-label="Job {job.id}" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}" style="--share:{share:.4f}">'
-        f"<span>{percent(share)}</span></div>{stream_line(workspace, job)}"
-        f"{notice(job.error or '', 'problem')}</div>"
+        f"</div>{stream_line(workspace, job)}{notice(job.error or '', 'problem')}</div>"
     )
 
 
@@ -41,7 +40,8 @@ def _track(track: str, names: list[str], runs: dict[int, Run], job: Job) -> str:
         said = STATES.get(status, "not begun" if job.status in ENDED else "waiting")
         current = ' aria-current="step"' if status == "running" else ""
         items += f'<li class="clm-step-{safe(status)}"{current}>{safe(name)}<small>{said}</small></li>'
-    return f'<div class="clm-stream"><span>{safe(label)}</span><ol aria-label="{safe(label)}: {count(len(names), "task")}">{items}</ol></div>'
+    spoken = f"{safe(label)}: {count(len(names), 'task')}"
+    return f'<div class="clm-stream"><span>{safe(label)}</span><ol aria-label="{spoken}">{items}</ol></div>'
 
 
 def _time(job: Job) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from store.tables import Version
 from ui.parts.words import safe
 
-STEP_X, STEP_Y, LEFT, TOP, R = 92, 74, 46, 40, 15
+STEP_X, STEP_Y, LEFT, TOP, R = 96, 84, 46, 34, 15
 # (kind, what the legend calls it)
 LEGEND = (
     ("live", "live"),
@@ -28,10 +28,10 @@ def lineage(everything: list[Version], live_id: int, chosen: str) -> str:
         _node(v, *places[v.id], _kind(v, live_id), v.name == chosen) for v in sorted(by_id.values(), key=lambda v: v.id)
     )
     width = LEFT * 2 + STEP_X * max(x for x, _ in places.values())
-    height = TOP * 2 + STEP_Y * max(y for _, y in places.values()) + 6
+    height = TOP * 2 + STEP_Y * max(y for _, y in places.values()) + 12
     return (
         f'<div class="clm-lineage clm-scroll"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="group" aria-label="Lineage of {len(everything)} versions, parents to the left">{lines}{nodes}</svg></div>'
+        f'role="group" aria-label="{len(everything)} versions, parents to the left">{lines}{nodes}</svg></div>'
         f"{_legend({_kind(v, live_id) for v in everything})}"
     )
 
@@ -99,7 +99,7 @@ def _node(version: Version, generation: int, lane: int, kind: str, is_chosen: bo
         f'<g class="clm-node clm-{safe(kind)}" role="button" tabindex="0" aria-pressed="{str(is_chosen).lower()}" '
         f'data-version="{safe(version.name)}" aria-label="{safe(version.name)}, {safe(said)}">'
         f"<title>{safe(version.name)}: {safe(said)}</title>{halo}{_shape(kind, x, y)}"
-        f'<text x="{x}" y="{y + R + 17}">{safe(version.name)}</text></g>'
+        f'<text x="{x}" y="{y + R + 24}">{safe(version.name)}</text></g>'
     )
 
 

@@ -28,6 +28,7 @@ class Live:
     shows: list[gr.components.Component]
     read: Callable[..., Any]
     inputs: list[gr.components.Component] = field(default_factory=list)
+    logged: str = ""
 
     def values(self, given: tuple[Any, ...]) -> list[Any]:
         """Return a value for each component; a refusal becomes its sentence in the first drawing."""
@@ -35,7 +36,8 @@ class Live:
             found = self.read(*given)
             return [found] if len(self.shows) == 1 else list(found)
         except Exception as err:  # the border of a tick: the other parts of the page go on
-            if not isinstance(err, ClmError):
+            if not isinstance(err, ClmError) and repr(err) != self.logged:
+                self.logged = repr(err)  # once, not at every tick
                 LOG.exception("a part of the page could not be read")
             drawing = next((c for c in self.shows if isinstance(c, gr.HTML)), None)
             return [notice(plain(err), "problem") if c is drawing else gr.skip() for c in self.shows]

@@ -8,10 +8,16 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace"]
 
 
+TEAL = gr.themes.Color(  # as Gradio's teal, but a shade darker from 400 on, so that text in it has contrast on white
+    name="clm", c50="#eefaf8", c100="#d3f1ec", c200="#a8e2da", c300="#72cbc1", c400="#3aa99e", c500="#0f766e",
+    c600="#0d6b64", c700="#0b5f59", c800="#0a4e49", c900="#08403c", c950="#042524",
+)  # fmt: skip
+
+
 def theme() -> gr.themes.Base:
     """Return the theme; the page's own drawings take their colours from page.css."""
     look = gr.themes.Base(
-        primary_hue=gr.themes.colors.teal, secondary_hue=gr.themes.colors.teal, neutral_hue=gr.themes.colors.slate,
+        primary_hue=TEAL, secondary_hue=TEAL, neutral_hue=gr.themes.colors.slate,
         font=FONTS, font_mono=MONO, radius_size=gr.themes.sizes.radius_md, text_size=gr.themes.sizes.text_md,
     )  # fmt: skip
     return look.set(
@@ -30,6 +36,16 @@ def theme() -> gr.themes.Base:
         block_info_text_color_dark="#94a3af",
         border_color_primary="#d5dde3",
         border_color_primary_dark="#2f3b46",
+        block_title_text_color="#1f2d38",
+        block_title_text_color_dark="#dde6ec",
+        body_text_color="#1f2d38",
+        body_text_color_dark="#dde6ec",
+        color_accent="#0f766e",
+        input_border_width="1px",
+        input_border_color="#c9d3da",
+        input_border_color_dark="#34424e",
+        button_large_text_size="*text_md",
+        button_large_padding="8px 16px",
         input_background_fill="#ffffff",
         input_background_fill_dark="#11181e",
         button_primary_background_fill="#0f766e",

@@ -23,7 +23,9 @@ def version_card(workspace: Workspace, version: Version, live_id: int) -> str:
 
 
 def _decision(told: dict[str, Any]) -> str:
-    return "".join(f'<p class="clm-why">Gate, {safe(d["verdict"])}: {safe(d["sentence"])}</p>' for d in told["decisions"])
+    return "".join(
+        f'<p class="clm-why">Gate, {safe(d["verdict"])}: {safe(d["sentence"])}</p>' for d in told["decisions"]
+    )
 
 
 def _facts(told: dict[str, Any]) -> str:
@@ -63,11 +65,15 @@ def _measurements(told: dict[str, Any]) -> str:
             task, percent(test["value"]) if test else "–", percent(held["value"]) if held else "–",
             f"{loss['value']:.3f}" if loss else "–", f"{test['items']:,}" if test else "–",
         ])  # fmt: skip
-    return table(["Task", "Test", "Validation", "Loss", "Test rows"], rows, "Exact match; loss in nats per answer token")
+    return table(
+        ["Task", "Test", "Validation", "Loss", "Test rows"], rows, "Exact match; loss in nats per answer token"
+    )
 
 
 def _deployments(told: dict[str, Any]) -> str:
-    rows = [[moment(d["created_at"]), "gate" if d["decision_id"] else d["actor"], d["reason"]] for d in told["deployments"]]
+    rows = [
+        [moment(d["created_at"]), "gate" if d["decision_id"] else d["actor"], d["reason"]] for d in told["deployments"]
+    ]
     return table(["When", "Who", "Why"], rows, "When it was put live") if rows else ""
 
 
@@ -78,10 +84,12 @@ def _how(told: dict[str, Any]) -> str:
     settings = [(name, str(value)) for name, value in _flat(version["settings"] or run["settings"])]
     machine = [("code", run["code_version"] or "–"), *((n, str(v)) for n, v in _flat(run["libraries"]))]
     machine += [(name, str(value)) for name, value in _flat(run["hardware"])]
-    digests = [("snapshot", told["snapshot"]["object"] if told["snapshot"] else "–"), ("weights", version["object"] or "–"),
-               ("base", version["base_digest"])]  # fmt: skip
+    snapshot = told["snapshot"]["object"] if told["snapshot"] else "–"
+    digests = [("snapshot", snapshot), ("weights", version["object"] or "–"), ("base", version["base_digest"])]
     return (
-        _details("Settings", settings) + _details("Code, libraries and hardware", machine) + _details("Digests", digests)
+        _details("Settings", settings)
+        + _details("Code, libraries and hardware", machine)
+        + _details("Digests", digests)
     )
 
 

@@ -15,8 +15,8 @@ def safe(value: Any) -> str:
 
 
 def percent(share: float | None) -> str:
-    """0.874 -> "87 %"; None -> an en dash, which means: not measured."""
-    return "–" if share is None else f"{share * 100:.0f} %"
+    """0.874 -> "87 %", never broken over two lines; None -> an en dash, which means: not measured."""
+    return "–" if share is None else f"{share * 100:.0f}\N{NO-BREAK SPACE}%"
 
 
 def points(share: float) -> str:
@@ -53,7 +53,7 @@ def ago(when: datetime | str) -> str:
     """Return how long ago a time was: "12 min ago"."""
     when = aware(datetime.fromisoformat(when) if isinstance(when, str) else when)
     passed = (datetime.now(UTC) - when).total_seconds()
-    return "just now" if passed < 60 else f"{span(passed) if passed < 172_800 else f'{passed / 86_400:.0f} days'} ago"
+    return "just now" if passed < 90 else f"{span(passed) if passed < 172_800 else f'{passed / 86_400:.0f} days'} ago"
 
 
 def notice(sentence: str, kind: str = "good") -> str:

@@ -29,24 +29,22 @@ class Data(Tab):
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.file = gr.File(label="File of rows (JSONL, JSON, CSV, Parquet)", file_types=KINDS, height=150)
-                self.task_name = gr.Textbox(label="Task name", info="as it is shown everywhere", max_length=80)
+                self.task_name = gr.Textbox(label="Task name", placeholder="as it is shown everywhere", max_length=80)
                 with gr.Row():
                     add = gr.Button("Keep as a task", variant="primary")
                     examples = gr.Button("Add the built-in examples")
                 self.answer = drawing(elem_id="clm-data-answer")
             with gr.Column(scale=3, min_width=300):
                 self.list = drawing()
-        gr.HTML("<h3>Rows</h3>", padding=False)
         with gr.Row():
             self.task = gr.Dropdown(self._names(), value=self._first(), label="Task", min_width=200)
             self.split = gr.Dropdown(["train", "validation", "test"], value="train", label="Part", min_width=140)
-            self.search = gr.Textbox(label="Search", info="in prompt, response and label", min_width=200)
-        self.summary = drawing()
-        self.rows = gr.Dataframe(
-            headers=["prompt", "response", "label"], interactive=False, wrap=True, max_height=460, buttons=["copy"],
-            label="Rows", show_label=False, column_widths=["45%", "40%", "15%"],
-        )  # fmt: skip
-        checked = self.file.upload(self._check, [self.file, self.task_name], [self.answer, self.task_name])
+            self.search = gr.Textbox(label="Search", placeholder="in prompt, response and label", min_width=200)
+        self.rows = drawing(elem_id="clm-rows")
+        proposed = gr.State("")
+        checked = self.file.upload(
+            self._check, [self.file, self.task_name, proposed], [self.answer, self.task_name, proposed]
+        )
         return [
             checked,
             add.click(self._add, [self.file, self.task_name], [self.answer, self.file, self.task_name, self.task]),
@@ -58,7 +56,7 @@ class Data(Tab):
         return [
             Live([self.list], self._list),
             Live([self.task], self._choices, [self.task]),
-            Live([self.summary, self.rows], self._rows, [self.task, self.split, self.search]),
+            Live([self.rows], self._rows, [self.task, self.split, self.search]),
         ]
 
     def _names(self) -> list[str]:
@@ -72,14 +70,15 @@ class Data(Tab):
         # The value is sent only where it has to change: an answer that is under way must not undo a newer choice.
         return gr.update(choices=names) if chosen in names else gr.update(choices=names, value=self._first())
 
-    def _check(self, file: str, name: str):
-        """Read the file and say what is in it; nothing is kept yet. An empty name is proposed from the file's."""
-        proposed = name.strip() or Path(file).name.split(".")[0].replace("_", " ")
+    def _check(self, file: str, name: str, before: str):
+        """Read the file and say what is in it; nothing is kept yet. The file proposes a name to change."""
+        own = Path(file).name.split(".")[0].replace("_", " ")
+        name = own if name.strip() in ("", before) else name
         try:
             found = read_rows(Path(file), self.workspace.settings)
         except Exception as err:  # the border of the form: the sentence stands where the eye is
-            return notice(plain(err), "problem"), proposed
-        return _report(found, Path(file).name), proposed
+            return notice(plain(err), "problem"), name, own
+        return _report(found, Path(file).name), name, own
 
     def _add(self, file: str | None, name: str):
         """Freeze the file as a task. A refusal leaves the form as it is."""
@@ -103,7 +102,9 @@ class Data(Tab):
         except Exception as err:
             return notice(plain(err), "problem"), gr.skip()
         added = ", ".join(s.name for s in wanted)
-        said = f"Added: {added}. Learn them on the Train tab." if added else "The built-in examples are all here already."
+        said = (
+            f"Added: {added}. Learn them on the Train tab." if added else "The built-in examples are all here already."
+        )
         return notice(said), gr.update(choices=self._names(), value=self._first())
 
     def _list(self) -> str:
@@ -119,16 +120,20 @@ class Data(Tab):
         heads = ["Task", "Train", "Validation", "Test", "Labels", "Duplicates dropped", "Added"]
         return card("Tasks", table(heads, rows), count(len(rows), "task"))
 
-    def _rows(self, name: str | None, split: str, search: str):
+    def _rows(self, name: str | None, split: str, search: str) -> str:
         taken = {task.name: s for task, s in ingest.tasks(self.workspace)}.get(name)
         if taken is None:
-            return '<p class="clm-quiet">There are no rows to show yet.</p>', gr.update(value=[], visible=False)
+            return '<p class="clm-quiet">There are no rows to show yet.</p>'
         rows, wanted = ingest.rows_of(self.workspace, taken, split), (search or "").strip().lower()
         found = [r for r in rows if wanted in f"{r.prompt}\n{r.response}\n{r.label}".lower()]
         shown = found[:SHOWN]
-        said = f"Showing {len(shown):,} of {count(len(found), 'row')}" + (f" that match, out of {len(rows):,}" if wanted else "")
-        table_rows = [[r.prompt, r.response, r.label if r.label != r.response else ""] for r in shown]
-        return f'<p class="clm-quiet" role="status">{said}.</p>', gr.update(value=table_rows, visible=True)
+        among = f" that match, out of {len(rows):,}" if wanted else ""
+        said = f"{len(shown):,} of {count(len(found), 'row')}{among}"
+        drawn = table(
+            ["Prompt", "Response", "Label"],
+            [[r.prompt, r.response, r.label if r.label != r.response else "–"] for r in shown],
+        )
+        return card(name, f'<div class="clm-tall">{drawn}</div>', said)
 
 
 def _report(found: Reading, file: str) -> str:
@@ -139,6 +144,10 @@ def _report(found: Reading, file: str) -> str:
         ("Length", f"{report['median_bytes']:,} bytes", f"median; the longest is {report['longest_bytes']:,}"),
     ])  # fmt: skip
     several = report["prompts_with_several_answers"]
-    warning = f"{count(several, 'prompt')} with more than one answer: a model cannot get all of these right." if several else ""
+    warning = (
+        f"{count(several, 'prompt')} with more than one answer: a model cannot get all of these right."
+        if several
+        else ""
+    )
     sample = table(["prompt", "response"], [[r.prompt, r.response] for r, _ in found.rows[:3]], "the first rows")
     return card(f"{file} can be used", heads + notice(warning, "note") + sample, "nothing is kept yet")

@@ -60,7 +60,10 @@ class Models(Tab):
         back.click(self._ask_back, [self.reason], asked, queue=False)
         no.click(lambda: (None, gr.update(visible=False)), None, [self.wanted, self.confirmation], queue=False)
         deployed = yes.click(
-            self._deploy, [self.wanted, self.reason], [self.answer, self.confirmation, self.reason], concurrency_id="deploy"
+            self._deploy,
+            [self.wanted, self.reason],
+            [self.answer, self.confirmation, self.reason],
+            concurrency_id="deploy",
         )
         return [picked, deployed]
 
@@ -90,7 +93,7 @@ class Models(Tab):
 
     def _history(self) -> str:
         rows = [
-            [moment(d["created_at"]), d["version"], d["previous"] or "–", "gate" if d["decision_id"] else d["actor"], d["reason"]]
+            [moment(d["created_at"]), d["version"], d["previous"] or "–", d["actor"], d["reason"]]
             for d in questions.deployments(self.workspace)[:100]
         ]  # fmt: skip
         return card("What was live when", table(["When", "Live", "Before", "Who", "Why"], rows))
@@ -105,10 +108,14 @@ class Models(Tab):
                 raise BadInput(f"Making {version.name} live needs a reason, which the history keeps. Write one above.")
         except Exception as err:
             return None, "", gr.update(visible=False), notice(plain(err), "problem")
-        warning = {"refused": " The gate refused it.", "candidate": " The gate has not judged it."}.get(version.state, "")
+        warning = {"refused": " The gate refused it.", "candidate": " The gate has not judged it."}.get(
+            version.state, ""
+        )
         if version.track != "main":
             warning = " It comes from a comparison run without protection."
-        said = f"Make {version.name} live instead of {live.name}?{warning} People talk to it from their next message on."
+        said = (
+            f"Make {version.name} live instead of {live.name}?{warning} People talk to it from their next message on."
+        )
         return version.name, notice(said, "note"), gr.update(visible=True), ""
 
     def _ask_back(self, reason: str):

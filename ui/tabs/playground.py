@@ -54,16 +54,16 @@ class Answer:
     def shown(self) -> dict[str, Any]:
         """Return the reply as a message of the chat, with the version that gives it in its last line."""
         if self.problem:
-            return _message(f"{self.text}\n\n**No answer from {self.version}.** {self.problem}".strip())
+            return _message(f"{self.text}\n\nNo answer from {self.version}. {self.problem}".strip())
         if not self.is_over and not self.text:
-            return _message(f"*{self.version} is thinking …*")
+            return _message(f"{self.version} is thinking …")
         told = {"length": ", cut at its longest length"}.get(self.end, ", stopped" if self.is_stopped.is_set() else "")
         foot = f"{self.version}, {self.tokens} tokens{told}" if self.is_over else f"{self.version} …"
-        return _message(f"{self.text}\n\n*{foot}*")
+        return _message(f"{self.text}\n\n— {foot}")
 
-    def said(self) -> Messages:
-        """Return what is remembered of the reply for the next turn."""
-        return [{"role": "assistant", "content": self.text}] if self.text else []
+    def remembered(self, said: Messages) -> Messages:
+        """Return the conversation for the next turn; a question that got no answer is not part of it."""
+        return [*said, {"role": "assistant", "content": self.text}] if self.text else said[:-1]
 
 
 class Playground(Tab):
@@ -81,12 +81,6 @@ class Playground(Tab):
                 [("nobody", NOBODY), *self._choices()], value=NOBODY, label="Compare with", min_width=200,
                 elem_id="clm-compare",
             )  # fmt: skip
-            with gr.Accordion("How it answers", open=False):
-                with gr.Row():
-                    self.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest word each time")
-                    self.longest = gr.Slider(
-                        1, 1024, min(self.workspace.settings.max_new_tokens, 1024), step=1, label="Longest answer", info="tokens"
-                    )
         with gr.Row(equal_height=True):
             panes = [self._pane("Answer", True), self._pane("Compared answer", False)]
         heard = [gr.State([]), gr.State([])]
@@ -95,11 +89,15 @@ class Playground(Tab):
                 label="Message", placeholder="Ask what you would ask it at work", lines=1, max_lines=6, scale=5,
                 min_width=240, elem_id="clm-message",
             )  # fmt: skip
-            with gr.Column(scale=2, min_width=240), gr.Row(elem_classes="clm-sends"):
+            with gr.Column(scale=2, min_width=260, elem_classes="clm-sends"), gr.Row():
                 send = gr.Button("Send", variant="primary", elem_id="clm-send", min_width=70)
                 stop = gr.Button("Stop", elem_id="clm-stop", min_width=70)
                 clear = gr.Button("Clear", min_width=70)
         self.note = drawing()
+        with gr.Accordion("How it answers", open=False), gr.Row():
+            longest = min(self.workspace.settings.max_new_tokens, 1024)
+            self.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest word each time")
+            self.longest = gr.Slider(1, 1024, longest, step=1, label="Longest answer", info="tokens")
         given = [prompt, self.left, self.right, self.temperature, self.longest, *heard, *panes]
         shown = [prompt, self.note, *panes, *heard]
         for trigger in (prompt.submit, send.click):
@@ -108,12 +106,17 @@ class Playground(Tab):
         clear.click(self._stop, None, None, queue=False).then(
             lambda: ([], [], [], [], ""), None, [*panes, *heard, self.note], queue=False
         )
-        self.right.change(lambda v: gr.update(visible=v != NOBODY), self.right, panes[1], queue=False, show_progress="hidden")
+        for pane, said in zip(panes, heard, strict=True):
+            pane.clear(list, None, said, queue=False)
+        self.right.change(
+            lambda name: gr.update(visible=name != NOBODY), self.right, panes[1], queue=False, show_progress="hidden"
+        )
         return []
 
     def _pane(self, label: str, is_seen: bool) -> gr.Chatbot:
-        return gr.Chatbot(
-            label=label, visible=is_seen, height=420, min_width=280, buttons=["copy", "copy_all"], allow_tags=False,
+        return gr.Chatbot(  # no Markdown: what the model wrote is shown letter by letter, as it is also judged
+            label=label, visible=is_seen, height=420, min_width=280, buttons=["copy", "copy_all"],
+            render_markdown=False, allow_tags=False,
             latex_delimiters=[], feedback_options=None, placeholder="Nothing was said yet.", layout="bubble",
         )  # fmt: skip
 
@@ -125,8 +128,8 @@ class Playground(Tab):
         ]
 
     def _choices(self) -> list[tuple[str, str]]:
-        live = versions.live(self.workspace).name
-        return [(f"the live version (now {live})", "live"), *((v.name, v.name) for v in versions.everything(self.workspace))]
+        live, found = versions.live(self.workspace).name, versions.everything(self.workspace)
+        return [(f"the live version (now {live})", "live"), *((v.name, v.name) for v in found)]
 
     def _talk(
         self, prompt: str, left: str, right: str, temperature: float, longest: int, heard_left: Messages,
@@ -153,7 +156,7 @@ class Playground(Tab):
                 panes = [[*pane, answer.shown()] for pane, answer in zip(seen, answers, strict=False)]
                 panes += [gr.skip()] * (2 - len(panes))
                 if is_over:
-                    kept = [said + answer.said() for said, answer in zip(heard, answers, strict=False)]
+                    kept = [answer.remembered(said) for said, answer in zip(heard, answers, strict=False)]
                     yield gr.skip(), "", *panes, *kept, *[gr.skip()] * (2 - len(kept))
                     return
                 yield "" if is_first else gr.skip(), "", *panes, gr.skip(), gr.skip()
@@ -171,4 +174,3 @@ class Playground(Tab):
 
 def _message(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
-

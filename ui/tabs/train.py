@@ -23,7 +23,7 @@ from ui.parts.forms import SettingsForm
 from ui.parts.heat_map import heat_map
 from ui.parts.job_card import job_card
 from ui.parts.live import Live, drawing
-from ui.parts.words import card, chip, figures, notice, safe, span, table
+from ui.parts.words import card, chip, count, figures, notice, safe, span, table
 from ui.tabs._base import Tab
 
 NEWEST = 0  # the choice that follows the job at work
@@ -47,16 +47,16 @@ class Train(Tab):
             with gr.Row():
                 self.strategy = self._pick("clm_app.strategies", "Against forgetting", default["strategy"])
                 self.method = self._pick("clm_app.methods", "Way to tune", default["method"])
-                self.start_from = gr.Dropdown(
-                    self._version_names(), value="live", label="Start from", info="the version that learns on"
-                )
+                self.start_from = gr.Dropdown(self._version_names(), value="live", label="Start from")
             with gr.Row():
                 self.compare = gr.Checkbox(
                     value=True, label="Compare with a naive run",
                     info="learns the stream a second time without protection; takes about twice as long",
                 )  # fmt: skip
                 self.deploy = gr.Checkbox(
-                    value=default["deploy"].default, label="Put promoted versions live", info=default["deploy"].description
+                    value=default["deploy"].default,
+                    label="Put promoted versions live",
+                    info=default["deploy"].description,
                 )
             with gr.Accordion("Settings", open=False):
                 strategies = self._forms("clm_app.strategies", self.strategy)
@@ -77,9 +77,9 @@ class Train(Tab):
         ]
 
     def _build_job(self) -> None:
-        with gr.Row(equal_height=True):
-            gr.HTML("<h3>Progress</h3>", padding=False)
-            self.job = gr.Dropdown(self._job_choices(), value=NEWEST, label="Job in view", min_width=240, scale=0)
+        with gr.Row(equal_height=True, elem_classes="clm-section"):
+            drawing("<h3>Progress</h3>", min_width=200)
+            self.job = gr.Dropdown(self._job_choices(), value=NEWEST, label="Job in view", min_width=340, scale=0)
         self.progress = drawing(elem_id="clm-progress")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
@@ -112,19 +112,19 @@ class Train(Tab):
 
     def _job_choices(self) -> list[tuple[str, int]]:
         found = questions.jobs(self.workspace, 30)
-        said = [(f"Job {j.id}: {len(j.wish.get('stream', []))} tasks, {j.wish.get('strategy', '')}, {j.status}", j.id) for j in found]
-        return [("the one at work, or the newest", NEWEST), *said]
+        return [("the one at work, or the newest", NEWEST), *((_in_a_line(job), job.id) for job in found)]
 
     def _pick(self, package: str, label: str, field: Any) -> gr.Dropdown:
         choices = [(cls.title or name, name) for name, cls in shelf(package).items()]
-        return gr.Dropdown(choices, value=field.default, label=label, info=field.description)
+        return gr.Dropdown(choices, value=field.default, label=label)
 
     def _forms(self, package: str, chooser: gr.Dropdown) -> dict[str, SettingsForm]:
         """Make a form for each class of a shelf; the one that is chosen is seen."""
         forms, groups = {}, []
         for name, cls in shelf(package).items():
             with gr.Column(visible=name == chooser.value) as group:
-                gr.Markdown(f"**{cls.title or name}**")
+                needs = getattr(cls, "needs", "")
+                gr.Markdown(f"**{cls.title or name}**" + (f": needs {needs}" if needs else ""))
                 forms[name] = SettingsForm(cls.Settings).build()
             groups.append(group)
         names = list(forms)
@@ -151,7 +151,9 @@ class Train(Tab):
             job = wishes.ask(self.workspace, wish, self.house.actor)
         except Exception as err:  # the border of the form: the sentence stands beside the button
             return notice(plain(err), "problem"), gr.skip()
-        return notice(f"Job {job.id} is asked for: {', '.join(tasks)}. It begins as soon as the clock finds it."), NEWEST
+        return notice(
+            f"Job {job.id} is asked for: {', '.join(tasks)}. It begins as soon as the clock finds it."
+        ), NEWEST
 
     def _cancel(self, chosen: int):
         """Ask the job in view, or the one at work, to stop."""
@@ -169,7 +171,11 @@ class Train(Tab):
 
     def _progress(self, chosen: int) -> str:
         job = self._in_view(chosen)
-        return job_card(self.workspace, job) if job else '<p class="clm-quiet">No job yet. Choose tasks and press Start.</p>'
+        return (
+            job_card(self.workspace, job)
+            if job
+            else '<p class="clm-quiet">No job yet. Choose tasks and press Start.</p>'
+        )
 
     def _curve(self, chosen: int):
         """Return the loss curve of the run that trains now, or the last one, and its figures."""
@@ -181,17 +187,21 @@ class Train(Tab):
         run, task = found
         track = "" if run.track == "main" else f", {run.track} run"
         frame = pandas.DataFrame(points)[["step", "loss"]]
-        plot = gr.update(value=frame, title=f"Loss while learning {task}{track}", visible=True)
+        plot = gr.update(value=frame, title=f"Loss: {task}{track}", visible=True)
         return plot, _figures(points[-1], run.status == "running")
 
     def _matrices(self, chosen: int) -> str:
         job = self._in_view(chosen)
         found = questions.matrices(self.workspace, job.id) if job else {}
+        if job is None:
+            return ""
         if not found:
-            return card("What was kept", '<p class="clm-quiet">The retention matrix appears when the first task is learned '
-                                         "and measured.</p>") if job else ""  # fmt: skip
+            soon = "The retention matrix appears when the first task is learned and measured."
+            return card("What was kept", f'<p class="clm-quiet">{soon}</p>')
         strategy = job.wish.get("strategy", "main")
-        drawn = "".join(heat_map(m, f"With {strategy}" if t == "main" else f"{t.capitalize()}: no protection") for t, m in found.items())
+        tasks = [source["name"] for source in job.wish.get("stream", [])]
+        titles = {"main": f"With {strategy}", "naive": "Naive: no protection"}
+        drawn = "".join(heat_map(matrix, titles.get(track, track), tasks) for track, matrix in found.items())
         return card("What was kept", f'<div class="clm-pair">{drawn}</div>')
 
     def _decisions(self, chosen: int) -> str:
@@ -200,10 +210,20 @@ class Train(Tab):
         if not found:
             return ""
         rows = [
-            [f"<b>{safe(d['version'])}</b>", safe(d["task"]), chip(d["verdict"], VERDICTS.get(d["verdict"], "candidate")),
-             safe(d["sentence"])] for d in found
-        ]  # fmt: skip
+            [
+                f"<b>{safe(d['version'])}</b>",
+                safe(d["task"]),
+                chip(d["verdict"], VERDICTS.get(d["verdict"], "candidate")),
+                safe(d["sentence"]),
+            ]
+            for d in found
+        ]
         return card("What the gate said", table(["Version", "Learned", "Verdict", "Why"], rows, is_safe=True))
+
+
+def _in_a_line(job: Job) -> str:
+    tasks, strategy = count(len(job.wish.get("stream", [])), "task"), job.wish.get("strategy", "")
+    return f"Job {job.id}: {tasks}, {strategy}, {job.status}"
 
 
 def _figures(latest: dict, is_running: bool) -> str:

@@ -47,7 +47,7 @@ class LlamaCpp(Backend):
         """Return None where llama-cpp-python is installed, else how to install it."""
         if importlib.util.find_spec("llama_cpp"):
             return None
-        return "llama.cpp is not installed. Add it with: pip install 'clm[llama]' (it compiles for some minutes)."
+        return "llama.cpp is not installed. Add it with: pip install llama-cpp-python==0.3.36 (it compiles a while)."
 
     @classmethod
     def supports(cls, base: Path) -> str | None:

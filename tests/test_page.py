@@ -1,0 +1,286 @@
+"""What the page and the routes promise: the port first, only this machine, sentences for errors, buttons that work."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WAIT_S = 60
+ROWS = "\n".join(
+    json.dumps({"prompt": f"question {i} <b>{{{{value}}}}", "response": f"answer {i % 3}"}) for i in range(30)
+)
+
+SERVER = '''
+import sys, time
+from pathlib import Path
+from clm_app.registry import versions
+from clm_app.serving.chat import Piece
+from clm_app.settings import Settings
+from clm_app.workspace import Workspace
+from ui.house import House
+from ui.server import serve
+
+home = Path(sys.argv[1])
+workspace = Workspace(Settings(home=home / "work", base_model=str(home / "base")))
+
+
+class Parrot:
+    """Stands in for the router: says back what it heard, word by word."""
+
+    def chat(self, version, messages, options):
+        name = versions.by_name(workspace, version).name
+        for count, word in enumerate(messages[-1]["content"].split(" "), 1):
+            time.sleep(0.02)
+            yield Piece(text=word + " ", completion_tokens=count, version=name)
+        yield Piece(finish_reason="stop", version=name)
+
+    def warm(self, version): ...
+    def switch(self): ...
+
+
+serve(House(workspace, Parrot()), port=0, on_stop=lambda: print("put away", flush=True),
+      on_open=lambda address: print(address, flush=True))
+'''  # fmt: skip
+
+
+def make_base(folder: Path) -> None:
+    """Write a model folder that can be registered, though not loaded."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    head = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(8))
+
+
+class Running:
+    """The app in a process of its own, over a temporary home."""
+
+    def __init__(self, home: Path) -> None:
+        make_base(home / "base")
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(home)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        self.address = self.process.stdout.readline().strip()
+        self.client = httpx.Client(base_url=self.address, timeout=30)
+        self.first_health = self.client.get("/api/health").json()
+        self.answered_after_s = time.monotonic() - self.began
+        self.first_page = self.client.get("/").text
+
+    def wait_for_page(self) -> None:
+        until = time.monotonic() + WAIT_S
+        while not self.client.get("/api/health").json()["page"]:
+            assert time.monotonic() < until, "the page did not become ready"
+            time.sleep(0.1)
+
+    def end(self) -> tuple[int, str]:
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        said, _ = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """The app with its page ready."""
+    running = Running(tmp_path_factory.mktemp("app"))
+    running.wait_for_page()
+    yield running
+    if running.process.poll() is None:
+        running.end()
+
+
+@pytest.fixture
+def browser():
+    """Chromium, or the reason why it is not here; CLM_REQUIRE_BROWSER=1 turns a missing one into a failure."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        path = None
+    if path is None:
+        missing = pytest.fail if os.environ.get("CLM_REQUIRE_BROWSER") == "1" else pytest.skip
+        missing("no chromium with playwright here; apt install chromium, pip install playwright")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+        )
+        yield chromium
+        chromium.close()
+
+
+def test_importing_the_server_imports_nothing_slow():
+    code = "import sys, ui.server; print([m for m in ('gradio', 'torch', 'transformers', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_port_answers_before_the_page_is_built(app):
+    assert app.first_health["status"] == "ok" and app.first_health["page"] is False
+    assert app.first_health["live"] == "v0"
+    assert "CLM is starting" in app.first_page
+    assert "gradio" in app.client.get("/").text
+
+
+def test_only_names_of_this_machine_are_answered(app):
+    port = app.address.rsplit(":", 1)[1]
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[::"):
+        refused = app.client.get("/api/health", headers={"host": host})
+        assert refused.status_code in (400, 421), host
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
+        assert app.client.get("/api/health", headers={"host": host}).status_code == 200, host
+
+
+def test_a_page_of_another_origin_changes_nothing(app):
+    wish = {"stream": [{"name": "nothing"}]}
+    foreign = ("http://evil.example", "null", "http://127.0.0.1:1", app.address.replace("127.0.0.1", "localhost"))
+    for origin in foreign:
+        for path in ("/api/learn", "/gradio_api/queue/join", "/v1/chat/completions"):
+            refused = app.client.post(path, json=wish, headers={"origin": origin})
+            assert refused.status_code == 403 and "error" in refused.json(), (origin, path)
+    assert app.client.post("/api/learn", json=wish, headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    own = app.client.post("/api/learn", json=wish, headers={"origin": app.address})
+    assert own.status_code == 404 and "nothing" in own.json()["error"]
+
+
+def test_the_page_offers_no_public_endpoint_and_no_outside_script(app):
+    told = app.client.get("/gradio_api/info").json()
+    assert told["named_endpoints"] == {} and told["unnamed_endpoints"] == {}
+    assert app.client.get("/docs").status_code == 404
+    assert "default-src 'self'" in app.client.get("/").headers["content-security-policy"]
+
+
+def test_upload_errors_are_sentences_and_keep_nothing(app):
+    cases = {
+        ("One", "a.csv", "a,b\n1,2\n"): "columns",
+        ("Two", "b.jsonl", ""): "no rows",
+        ("Three/four", "c.jsonl", ROWS): "task name",
+        ("Five", "d.exe", "MZ"): "d.exe",
+    }
+    for (name, file, content), expected in cases.items():
+        refused = app.client.post("/api/tasks", data={"name": name}, files={"file": (file, content.encode())})
+        sentence = refused.json()["error"]
+        assert refused.status_code == 400 and expected in sentence and sentence.endswith("."), (name, sentence)
+    assert not {"One", "Two", "Three/four", "Five"} & {t["name"] for t in app.client.get("/api/tasks").json()}
+    assert "file" in app.client.post("/api/tasks", data={"name": "Six"}).json()["error"]
+    assert "no route" in app.client.get("/api/nothing").json()["error"]
+
+
+def test_a_task_a_job_and_its_end_over_the_api(app):
+    added = app.client.post("/api/tasks", data={"name": "Over the API"}, files={"file": ("rows.jsonl", ROWS.encode())})
+    assert added.status_code == 201 and added.json()["snapshot"]["report"]["rows"] == 30
+    rows = app.client.get("/api/tasks/over the api/rows", params={"split": "test", "limit": 2}).json()
+    assert len(rows) == 2 and rows[0]["prompt"].startswith("question")
+    job = app.client.post("/api/learn", json={"stream": [{"name": "Over the API"}]}).json()
+    kinds = []
+    with app.client.stream("GET", f"/api/jobs/{job['id']}/events") as events:
+        for line in events.iter_lines():
+            if line.startswith("event: "):
+                kinds.append(line.removeprefix("event: "))
+                if len(kinds) == 1:
+                    assert httpx.post(f"{app.address}/api/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
+    assert kinds == ["job", "end"]
+    again = app.client.post(f"/api/jobs/{job['id']}/cancel")
+    assert again.status_code == 400 and "cancelled already" in again.json()["error"]
+    assert app.client.get("/api/jobs/999/events").status_code == 404
+
+
+def test_going_live_needs_a_reason_and_another_version(app):
+    assert app.client.post("/api/versions/v0/deploy", json={"reason": ""}).status_code == 422
+    assert "live already" in app.client.post("/api/versions/v0/deploy", json={"reason": "again"}).json()["error"]
+    assert app.client.post("/api/versions/v9/deploy", json={"reason": "x"}).status_code == 404
+    assert app.client.get("/api/versions/live").json()["version"]["name"] == "v0"
+
+
+def test_the_page_works_asks_no_outside_host_and_finds_its_job_again(app, browser):
+    from playwright.sync_api import expect
+
+    page, asked, problems = browser.new_page(viewport={"width": 1280, "height": 900}), set(), []
+    page.on("request", lambda request: asked.add(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(app.address)
+    expect(page.locator(".clm-header")).to_contain_text("live: v0", timeout=WAIT_S * 1000)
+
+    page.get_by_role("tab", name="Data", exact=True).click()
+    page.get_by_label("Task name").fill("Kept name")
+    page.get_by_role("button", name="Keep as a task").click()
+    expect(page.locator("#clm-data-answer")).to_contain_text("No file is chosen", timeout=15_000)
+    expect(page.get_by_label("Task name")).to_have_value("Kept name")
+    page.get_by_role("button", name="Add the built-in examples").click()
+    expect(page.locator("#clm-data-answer")).to_contain_text("Added: Desk lamps", timeout=15_000)
+
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.get_by_label("Tasks, in the order").click()
+    for name in ("E-bikes", "Desk lamps"):
+        page.get_by_role("option", name=name).click()
+    page.keyboard.press("Escape")
+    page.locator("#clm-start").click()
+    expect(page.locator("#clm-train-answer")).to_contain_text("is asked for: E-bikes, Desk lamps", timeout=15_000)
+
+    page.get_by_role("tab", name="Playground", exact=True).click()
+    page.get_by_role("textbox", name="Message").fill(
+        "say <img src=http://outside.example/x.png> ![](http://outside.example/y)"
+    )
+    page.keyboard.press("Enter")
+    expect(page.get_by_test_id("bot").first).to_contain_text("<img src=http", timeout=15_000)
+    expect(page.get_by_test_id("bot").first).to_contain_text("— v0", timeout=15_000)
+
+    page.reload()  # the browser holds no truth: the rows do
+    expect(page.locator("#clm-home")).to_contain_text("E-bikes", timeout=WAIT_S * 1000)
+    expect(page.locator("#clm-home [role=progressbar]")).to_be_visible()
+    outside = [u for u in asked if not u.startswith((app.address, "data:", "blob:"))]
+    assert outside == [] and problems == []
+
+
+def test_a_taken_port_is_refused_with_the_next_step():
+    from clm_app.errors import BadSettings
+    from ui.server import open_port
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(BadSettings, match=r"Port \d+ .* --port"):
+            open_port(other.getsockname()[1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+def test_sigterm_ends_the_app_and_what_it_holds_is_put_away(tmp_path):
+    running = Running(tmp_path)
+    assert running.end() == (0, "put away\n")
+
+
+def test_a_knob_is_shown_with_its_bound_and_an_empty_one_means_not_given():
+    from clm_app.engine.settings import TrainingSettings
+    from ui.parts.forms import SettingsForm, meaning
+
+    form = SettingsForm(TrainingSettings)
+    fields = TrainingSettings.model_fields
+    form.widgets = dict.fromkeys(("epochs", "learning_rate"))
+    assert form.read([2, ""]) == {"epochs": 2, "learning_rate": None}
+    assert meaning(fields["epochs"]).endswith("(above 0, at most 100)")
+
+
+def test_the_matrix_is_said_alike_on_the_page_and_in_the_terminal():
+    from rich.console import Console
+
+    from clm_app.judging.matrix import Matrix
+    from ui.cli import matrix_table
+    from ui.parts.heat_map import heat_map
+
+    matrix = Matrix(tasks=["a", "<b>"], versions=["v1", "v2"], values=[[1.0, None], [0.5, 0.8]])
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(matrix_table(matrix))
+    text, html = console.export_text(), heat_map(matrix, "Kept", ["a", "<b>"])
+    for said in ("65\N{NO-BREAK SPACE}%", "−50.0 points"):
+        assert said in text and said in html
+    assert "&lt;b&gt;" in html and "<b>:" not in html
