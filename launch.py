@@ -570,7 +570,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     def show(address: str, console) -> None:
         console.print(f"Workspace {home}, page {address} (you can watch there).")
-        story.demo(story.Door(address), home, arguments.data and arguments.data.resolve(), arguments.tasks, chosen, console)
+        story.demo(
+            story.Door(address), home, arguments.data and arguments.data.resolve(), arguments.tasks, chosen, console
+        )
         if not arguments.exit:
             console.rule()
             console.print(f"The page stays open on this workspace: {address}   (Ctrl-C ends it)")

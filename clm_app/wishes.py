@@ -10,8 +10,8 @@ from clm_app.catalog import pick
 from clm_app.data.ingest import find
 from clm_app.data.reading import read_rows
 from clm_app.data.streams import TaskSource
-from clm_app.engine.settings import TrainingSettings
-from clm_app.errors import BadData, BadInput, NotThere
+from clm_app.engine.settings import SMALL_MODEL, TrainingSettings
+from clm_app.errors import BadData, BadInput, BadSettings, NotThere
 from clm_app.judging.gate import GateSettings
 from clm_app.workspace import Workspace
 from store.db import record
@@ -28,7 +28,9 @@ class LearnWish(BaseModel):
     stream: list[TaskSource] = Field(min_length=1, max_length=1000, description="tasks in the order they are learned")
     strategy: str = Field("replay", description="way against forgetting")
     strategy_settings: dict = Field(default_factory=dict, description="the strategy's own knobs")
-    method: str = Field("lora", description="way to tune")
+    method: str = Field(
+        "", description="way to tune; empty: lora, or full where the model has less than 100 M parameters"
+    )
     method_settings: dict = Field(default_factory=dict, description="the method's own knobs")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the knobs of every run")
     gate: GateSettings = Field(default_factory=GateSettings, description="how strict the gate is")
@@ -43,8 +45,15 @@ class LearnWish(BaseModel):
         if twice:
             raise BadData(f"The stream names {min(twice)!r} twice; a task is learned once in a stream. Remove one.")
         pick("clm_app.strategies", self.strategy).Settings(**self.strategy_settings)
-        pick("clm_app.methods", self.method).Settings(**self.method_settings)
+        if self.method:
+            pick("clm_app.methods", self.method).Settings(**self.method_settings)
+        elif self.method_settings:
+            raise BadSettings("method_settings are given without a method. Name the method they belong to.")
         return self
+
+    def method_for(self, parameters: int) -> str:
+        """Return the method to tune a model of this many parameters with: the chosen one, else what fits its size."""
+        return self.method or ("full" if parameters < SMALL_MODEL else "lora")
 
 
 def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:

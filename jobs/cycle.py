@@ -97,9 +97,10 @@ class Cycle:
             if found:
                 return found
             strategy = self.wish.strategy if track == MAIN else NAIVE
+            parent = self.parent(session, track)
             run = Run(
                 job_id=self.job.id, track=track, position=position, task_id=taken.task_id, snapshot_id=taken.id,
-                parent_version_id=self.parent(session, track).id, strategy=strategy, method=self.wish.method,
+                parent_version_id=parent.id, strategy=strategy, method=self.wish.method_for(parent.parameters),
                 seed=self.wish.training.seed, folder="", code_version=code_version(), libraries=hardware.libraries(),
                 hardware=hardware.description(), settings={
                     "training": self.wish.training.model_dump(),

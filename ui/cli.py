@@ -18,10 +18,10 @@ STATE_STYLE = {"accepted": "green", "refused": "red", "candidate": "yellow", "ba
 
 def matrix_table(matrix: Matrix, title: str = "What was kept") -> Table:
     """Return the retention matrix: a row per version, a column per task, exact match in percent of the test rows."""
-    caption = (
-        f"average accuracy {percent(matrix.average_accuracy)}, backward transfer {points(matrix.backward_transfer)}"
+    figures = (
+        f"average accuracy {percent(matrix.average_accuracy)}\nbackward transfer {points(matrix.backward_transfer)}"
     )
-    table = Table(title=title, caption=f"{caption}\nrow: version after learning task i; column: task j")
+    table = Table(title=title, caption=f"{figures}\nrow: version after learning task i; column: task j", min_width=46)
     table.add_column("after")
     for task in matrix.tasks:
         table.add_column(Text(task), justify="right", overflow="fold")

@@ -91,7 +91,9 @@ def learn(door: Door, wish: dict[str, Any], console: Console) -> dict[str, Any]:
         raise ClmError(story["error"] or f"Job {job['id']} was {story['status']}.")
     for track, plain in story["matrices"].items():
         plain = {name: plain[name] for name in Matrix.model_fields}
-        console.print(cli.matrix_table(Matrix(**plain), title="retention" if track == "main" else f"{track} comparison"))
+        console.print(
+            cli.matrix_table(Matrix(**plain), title="retention" if track == "main" else f"{track} comparison")
+        )
     return story
 
 
@@ -103,7 +105,9 @@ def wish_for(stream: list[streams.TaskSource], chosen: dict[str, Any]) -> dict[s
     return wish | {"compare_naive": bool(chosen.get("naive"))}
 
 
-def demo(door: Door, home: Path, data: Path | None, count: int | None, chosen: dict[str, Any], console: Console) -> None:
+def demo(
+    door: Door, home: Path, data: Path | None, count: int | None, chosen: dict[str, Any], console: Console
+) -> None:
     """Learn a stream beside a naive run, try a bad update, and ask the live version three questions."""
     cache = home / "cache"
     count = count or (5 if data else None)

@@ -42,11 +42,14 @@ def batches(rows: list[Row], encoded: Encoded, size: int, rng: random.Random) ->
     return found
 
 
-def tensors(rows: list[Row], encoded: Encoded, device: torch.device) -> dict[str, torch.Tensor]:
+def tensors(
+    rows: list[Row], encoded: Encoded, device: torch.device, hidden_share: float = 0.0
+) -> dict[str, torch.Tensor]:
     """Return input_ids, attention_mask and position_ids (rows, tokens), and labels (rows, longest answer + 1).
 
     labels holds the last columns alone, IGNORED where no answer token is to be predicted; its width is what
-    `logits_to_keep` asks of the model, so that no logits are computed for prompts.
+    `logits_to_keep` asks of the model, so that no logits are computed for prompts. hidden_share: share of prompt
+    tokens that no position may look at, drawn anew each time from torch's generator.
     """
     ids = [encoded(row) for row in rows]
     width = max(len(prompt) + len(answer) for prompt, answer in ids)
@@ -59,6 +62,11 @@ def tensors(rows: list[Row], encoded: Encoded, device: torch.device) -> dict[str
         mask[i, width - len(prompt) - len(answer) :] = 1
         labels[i, keep - len(answer) :] = torch.tensor(answer)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if hidden_share:
+        is_prompt = torch.arange(width) < width - torch.tensor([[len(answer) + 1] for _, answer in ids])
+        mask &= ~(
+            (torch.rand(mask.shape) < hidden_share) & is_prompt
+        )  # the last prompt token stays: it opens the answer
     batch = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions, "labels": labels}
     return {name: value.to(device) for name, value in batch.items()}
 

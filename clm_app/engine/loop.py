@@ -22,6 +22,7 @@ from clm_app.engine import checkpoints
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, tensors
 from clm_app.engine.measure import sit
 from clm_app.engine.order import Order
+from clm_app.engine.settings import SMALL_MODEL
 from clm_app.errors import BadModel, OutOfRoom
 from clm_app.events import Checkpointed, Event, Measured, Measuring, Progress, Started, Trained
 
@@ -46,6 +47,10 @@ class Engine:
         """Do the whole order and return what was trained and measured."""
         torch.manual_seed(self.knobs.seed)
         model = self.method.prepare(self._load(), self.order.adapter).to(self.device)
+        self.hidden_size = model.get_input_embeddings().weight.shape[1]
+        self.hidden_share = self.knobs.prompt_dropout
+        if self.hidden_share is None:
+            self.hidden_share = 0.1 if sizes(model)["parameters"] < SMALL_MODEL else 0.0
         measured = self._exams(model, self.order.before, "before")
         done = self.train(model)
         return done, measured + self._exams(model, self.order.after, "after")
@@ -98,7 +103,7 @@ class Engine:
         rate = self.peak * share_of_peak(step, self.steps, self.knobs.warmup_share)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = tensors(self.batch(step), self.encoded, self.device)
+        batch = tensors(self.batch(step), self.encoded, self.device, self.hidden_share)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             logits, targets = answer_logits(model, batch)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -134,12 +139,12 @@ class Engine:
     @property
     def steps(self) -> int:
         """Steps in the whole run."""
-        return max(1, math.ceil(self.knobs.epochs * self.steps_per_epoch))
+        return max(self.knobs.least_steps, math.ceil(self.knobs.epochs * self.steps_per_epoch))
 
     @property
     def peak(self) -> float:
         """The peak learning rate: as set, or the method's own."""
-        return self.knobs.learning_rate or self.method.default_learning_rate
+        return self.knobs.learning_rate or self.method.learning_rate(self.hidden_size)
 
     @property
     def is_bfloat16(self) -> bool:

@@ -23,11 +23,14 @@ class Method:
     name: ClassVar[str]  # the file's stem, set by the catalog
     title: ClassVar[str] = ""
     weights_kind: ClassVar[str] = "full"  # adapter or full: what `save` writes
-    default_learning_rate: ClassVar[float] = 1e-4
     Settings: ClassVar[type[BaseModel]] = NoSettings
 
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
+
+    def learning_rate(self, hidden_size: int) -> float:
+        """Return the peak learning rate for a model of this width where the person sets none."""
+        return 1e-4
 
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the model to train. adapter: folder of the parent's adapter over this base, or None."""

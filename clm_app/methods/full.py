@@ -15,7 +15,10 @@ class Full(Method):
     """Every weight. A parent's adapter is merged into the base first, in full precision."""
 
     title = "Full (every weight)"
-    default_learning_rate = 5e-4
+
+    def learning_rate(self, hidden_size: int) -> float:
+        """Return 2e-5 at width 4096 and more for narrower models (LOG.md, "Training defaults": 1.3e-3 at 256)."""
+        return 2e-5 * (4096 / hidden_size) ** 1.5
 
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the base with the parent's adapter merged in."""

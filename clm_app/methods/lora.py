@@ -23,9 +23,9 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rank: int = Field(16, ge=1, le=1024, description="rank of the adapter's matrices")
-    alpha: float = Field(32.0, gt=0, le=4096, description="strength: the adapter is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of adapter inputs dropped while training")
+    rank: int = Field(32, ge=1, le=1024, description="rank of the adapter's matrices")
+    alpha: float = Field(64.0, gt=0, le=4096, description="strength: the adapter is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0.0, lt=1.0, description="share of adapter inputs dropped while training")
 
 
 class Lora(Method):
@@ -33,8 +33,11 @@ class Lora(Method):
 
     title = "LoRA (small adapter)"
     weights_kind = "adapter"
-    default_learning_rate = 2e-3
     Settings = LoraSettings
+
+    def learning_rate(self, hidden_size: int) -> float:
+        """Return 2e-4 at width 4096 and more for narrower models (LOG.md, "Training defaults": 3.2e-3 at 256)."""
+        return 2e-4 * 4096 / hidden_size
 
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the base under a fresh adapter, or under the parent's, which is trained on.

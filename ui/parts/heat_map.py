@@ -23,7 +23,7 @@ def heat_map(matrix: Matrix, title: str, tasks: list[str]) -> str:
         f"<span>average accuracy <strong>{percent(matrix.average_accuracy)}</strong></span>"
         f"<span>backward transfer <strong>{points(matrix.backward_transfer)}</strong></span></figcaption>"
         f'<div class="clm-scroll" tabindex="0" role="region" aria-label="{safe(title)}: retention matrix">'
-        f'<table style="min-width:{92 + 44 * len(tasks)}px">'
+        f'<table style="min-width:{92 + 58 * len(tasks)}px">'
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>"
         f'<tfoot><tr><th scope="row">since learned</th>{change}</tr></tfoot></table></div>'
         f"<small>{CAPTION}</small></figure>"

@@ -21,7 +21,7 @@ def percent(share: float | None) -> str:
 
 def points(share: float) -> str:
     """-0.032 -> "−3.2 points": a difference of two shares."""
-    return f"{'−' if share < 0 else '+' if share > 0 else '±'}{abs(share) * 100:.1f} points"
+    return f"{'−' if share < 0 else '+' if share > 0 else '±'}{abs(share) * 100:.1f}\N{NO-BREAK SPACE}points"
 
 
 def count(number: int, noun: str) -> str:

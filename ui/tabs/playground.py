@@ -6,27 +6,27 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
 
 import gradio as gr
 
 from clm_app.errors import BadInput, ChildFailed, plain
 from clm_app.registry import versions
 from clm_app.serving.chat import ChatOptions
+from ui.house import House
 from ui.parts.live import Live, drawing
-from ui.parts.words import notice
+from ui.parts.words import count, notice, safe
 from ui.tabs._base import Tab
 
 NOBODY = ""
 SHOW_EVERY_S = 0.1  # pieces are gathered so long before the page is told; a page per token would be slower to read
 
-Messages = list[dict[str, str]]
+Turns = list[dict[str, str]]  # role, content and foot (who answered), question and answer by turns
 
 
 class Answer:
     """One version's reply as it comes: a thread reads it, the page looks at it."""
 
-    def __init__(self, house, version: str, messages: Messages, options: ChatOptions) -> None:
+    def __init__(self, house: House, version: str, messages: list[dict[str, str]], options: ChatOptions) -> None:
         self.version, self.text, self.end, self.tokens, self.problem = version, "", "", 0, ""
         self.is_stopped = threading.Event()
         self._house, self._messages, self._options = house, messages, options
@@ -51,19 +51,35 @@ class Answer:
         except Exception as err:  # the border of an answer: the sentence takes its place
             self.problem = plain(err)
 
-    def shown(self) -> dict[str, Any]:
-        """Return the reply as a message of the chat, with the version that gives it in its last line."""
-        if self.problem:
-            return _message(f"{self.text}\n\nNo answer from {self.version}. {self.problem}".strip())
-        if not self.is_over and not self.text:
-            return _message(f"{self.version} is thinking …")
-        told = {"length": ", cut at its longest length"}.get(self.end, ", stopped" if self.is_stopped.is_set() else "")
-        foot = f"{self.version}, {self.tokens} tokens{told}" if self.is_over else f"{self.version} …"
-        return _message(f"{self.text}\n\n— {foot}")
+    def turn(self) -> dict[str, str]:
+        """Return the reply as it is now, with the version that gives it."""
+        return {"role": "assistant", "content": self.text, "foot": self._foot()}
 
-    def remembered(self, said: Messages) -> Messages:
-        """Return the conversation for the next turn; a question that got no answer is not part of it."""
-        return [*said, {"role": "assistant", "content": self.text}] if self.text else said[:-1]
+    def _foot(self) -> str:
+        if self.problem:
+            return f"no answer from {self.version}: {self.problem}"
+        if not self.is_over:
+            return f"{self.version} answers …"
+        told = ", cut at its longest length" if self.end == "length" else ""
+        told = ", stopped" if self.is_stopped.is_set() else told
+        return f"{self.version}, {count(self.tokens, 'token')}{told}"
+
+
+def conversation(turns: Turns) -> str:
+    """Return what was said as HTML. The model's text is shown letter by letter, as it is also judged: no Markdown."""
+    if not turns:
+        return '<p class="clm-quiet clm-hush">Nothing was said yet.</p>'
+    items = ""
+    for turn in turns:
+        foot = f"<small>{safe(turn['foot'])}</small>" if turn["foot"] else ""
+        items += f'<li class="clm-{safe(turn["role"])}"><p>{safe(turn["content"])}</p>{foot}</li>'
+    return f'<ol class="clm-chat" role="log" aria-live="polite" tabindex="0">{items}</ol>'
+
+
+def remembered(turns: Turns) -> list[dict[str, str]]:
+    """Return the messages for the next question; a question that got no answer is not part of them."""
+    pairs = zip(turns[::2], turns[1::2], strict=False)
+    return [_message(t) for pair in pairs if pair[1]["content"] for t in pair]
 
 
 class Playground(Tab):
@@ -82,8 +98,8 @@ class Playground(Tab):
                 elem_id="clm-compare",
             )  # fmt: skip
         with gr.Row(equal_height=True):
-            panes = [self._pane("Answer", True), self._pane("Compared answer", False)]
-        heard = [gr.State([]), gr.State([])]
+            panes = [self._pane("Answers", True), self._pane("Compared answers", False)]
+        said = [gr.State([]), gr.State([])]
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
                 label="Message", placeholder="Ask what you would ask it at work", lines=1, max_lines=6, scale=5,
@@ -98,26 +114,23 @@ class Playground(Tab):
             longest = min(self.workspace.settings.max_new_tokens, 1024)
             self.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest word each time")
             self.longest = gr.Slider(1, 1024, longest, step=1, label="Longest answer", info="tokens")
-        given = [prompt, self.left, self.right, self.temperature, self.longest, *heard, *panes]
-        shown = [prompt, self.note, *panes, *heard]
+        given = [prompt, self.left, self.right, self.temperature, self.longest, *said]
+        shown = [prompt, self.note, *panes, *said]
         for trigger in (prompt.submit, send.click):
             trigger(self._talk, given, shown, concurrency_id="talk", concurrency_limit=4, show_progress="hidden")
         stop.click(self._stop, None, None, queue=False)
         clear.click(self._stop, None, None, queue=False).then(
-            lambda: ([], [], [], [], ""), None, [*panes, *heard, self.note], queue=False
+            lambda: (conversation([]), conversation([]), [], [], ""), None, [*panes, *said, self.note], queue=False
         )
-        for pane, said in zip(panes, heard, strict=True):
-            pane.clear(list, None, said, queue=False)
         self.right.change(
             lambda name: gr.update(visible=name != NOBODY), self.right, panes[1], queue=False, show_progress="hidden"
         )
         return []
 
-    def _pane(self, label: str, is_seen: bool) -> gr.Chatbot:
-        return gr.Chatbot(  # no Markdown: what the model wrote is shown letter by letter, as it is also judged
-            label=label, visible=is_seen, height=420, min_width=280, buttons=["copy", "copy_all"],
-            render_markdown=False, allow_tags=False,
-            latex_delimiters=[], feedback_options=None, placeholder="Nothing was said yet.", layout="bubble",
+    def _pane(self, label: str, is_seen: bool) -> gr.HTML:
+        return drawing(
+            conversation([]), label=label, show_label=True, container=True, visible=is_seen, autoscroll=True,
+            min_height=380, max_height=380, min_width=280, elem_classes="clm-pane",
         )  # fmt: skip
 
     def live(self) -> list[Live]:
@@ -132,8 +145,8 @@ class Playground(Tab):
         return [(f"the live version (now {live})", "live"), *((v.name, v.name) for v in found)]
 
     def _talk(
-        self, prompt: str, left: str, right: str, temperature: float, longest: int, heard_left: Messages,
-        heard_right: Messages, shown_left: list, shown_right: list, request: gr.Request,
+        self, prompt: str, left: str, right: str, temperature: float, longest: int, said_left: Turns, said_right: Turns,
+        request: gr.Request,
     ) -> Iterator[tuple]:  # fmt: skip
         """Ask one version, or two at once, and show their replies as they come."""
         try:
@@ -141,26 +154,23 @@ class Playground(Tab):
                 raise BadInput("The message is empty. Write something, then send it.")
             options = ChatOptions(temperature=temperature, max_tokens=int(longest))
         except Exception as err:
-            yield gr.skip(), notice(plain(err), "problem"), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            yield gr.skip(), notice(plain(err), "problem"), *[gr.skip()] * 4
             return
-        asked = [{"role": "user", "content": prompt.strip()}]
-        heard = [heard_left + asked, heard_right + asked]
-        seen = [shown_left + asked, shown_right + asked]
-        names = [left, right] if right != NOBODY else [left]
-        answers = [Answer(self.house, name, said, options) for name, said in zip(names, heard, strict=False)]
+        asked = {"role": "user", "content": prompt.strip(), "foot": ""}
+        panes = [(left, said_left), (right, said_right)][: 1 if right == NOBODY else 2]
+        answers = [Answer(self.house, name, [*remembered(said), _message(asked)], options) for name, said in panes]
         self.answers[request.session_hash] = answers
         try:
-            is_first = True
+            written = ""  # empties the line once; what is typed meanwhile stays
             while True:
                 is_over = all(answer.is_over for answer in answers)  # before showing, so that the last piece is shown
-                panes = [[*pane, answer.shown()] for pane, answer in zip(seen, answers, strict=False)]
-                panes += [gr.skip()] * (2 - len(panes))
+                turns = [[*said, asked, answer.turn()] for (_, said), answer in zip(panes, answers, strict=True)]
+                skipped = [gr.skip()] * (2 - len(turns))
+                kept = [*turns, *skipped] if is_over else [gr.skip()] * 2
+                yield written, "", *map(conversation, turns), *skipped, *kept
                 if is_over:
-                    kept = [answer.remembered(said) for said, answer in zip(heard, answers, strict=False)]
-                    yield gr.skip(), "", *panes, *kept, *[gr.skip()] * (2 - len(kept))
                     return
-                yield "" if is_first else gr.skip(), "", *panes, gr.skip(), gr.skip()
-                is_first = False
+                written = gr.skip()
                 time.sleep(SHOW_EVERY_S)
         finally:  # also when the page was closed or asked anew: nobody reads these any more
             for answer in answers:
@@ -172,5 +182,5 @@ class Playground(Tab):
             answer.is_stopped.set()
 
 
-def _message(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
+def _message(turn: dict[str, str]) -> dict[str, str]:
+    return {"role": turn["role"], "content": turn["content"]}

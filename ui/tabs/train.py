@@ -14,6 +14,7 @@ from clm_app.data import ingest
 from clm_app.data.streams import TaskSource
 from clm_app.engine.settings import TrainingSettings
 from clm_app.errors import BadInput, plain
+from clm_app.judging.gate import GateSettings
 from clm_app.registry import versions
 from store.series import progress
 from store.tables import Job
@@ -46,7 +47,8 @@ class Train(Tab):
             )  # fmt: skip
             with gr.Row():
                 self.strategy = self._pick("clm_app.strategies", "Against forgetting", default["strategy"])
-                self.method = self._pick("clm_app.methods", "Way to tune", default["method"])
+                automatic = ("Automatic (every weight of a small model, else LoRA)", "")
+                self.method = self._pick("clm_app.methods", "Way to tune", default["method"], automatic)
                 self.start_from = gr.Dropdown(self._version_names(), value="live", label="Start from")
             with gr.Row():
                 self.compare = gr.Checkbox(
@@ -63,13 +65,17 @@ class Train(Tab):
                 methods = self._forms("clm_app.methods", self.method)
                 gr.Markdown("**Training**")
                 training = SettingsForm(TrainingSettings).build()
+                gr.Markdown("**Gate**")
+                gate = SettingsForm(GateSettings).build()
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="clm-start")
                 cancel = gr.Button("Cancel the running job", variant="stop", elem_id="clm-cancel")
             self.answer = drawing(elem_id="clm-train-answer")
         self._build_job()
-        widgets = [w for form in (*strategies.values(), *methods.values(), training) for w in form.widgets.values()]
-        asks = partial(self._start, strategies, methods, training)
+        widgets = [
+            w for form in (*strategies.values(), *methods.values(), training, gate) for w in form.widgets.values()
+        ]
+        asks = partial(self._start, strategies, methods, training, gate)
         fixed = [self.tasks, self.strategy, self.method, self.start_from, self.compare, self.deploy]
         return [
             start.click(asks, [*fixed, *widgets], [self.answer, self.job], concurrency_id="start"),
@@ -114,8 +120,8 @@ class Train(Tab):
         found = questions.jobs(self.workspace, 30)
         return [("the one at work, or the newest", NEWEST), *((_in_a_line(job), job.id) for job in found)]
 
-    def _pick(self, package: str, label: str, field: Any) -> gr.Dropdown:
-        choices = [(cls.title or name, name) for name, cls in shelf(package).items()]
+    def _pick(self, package: str, label: str, field: Any, *first: tuple[str, str]) -> gr.Dropdown:
+        choices = [*first, *((cls.title or name, name) for name, cls in shelf(package).items())]
         return gr.Dropdown(choices, value=field.default, label=label)
 
     def _forms(self, package: str, chooser: gr.Dropdown) -> dict[str, SettingsForm]:
@@ -134,18 +140,21 @@ class Train(Tab):
         )  # fmt: skip
         return forms
 
-    def _start(self, strategies, methods, training, tasks, strategy, method, start_from, compare, deploy, *values):
+    def _start(
+        self, strategies, methods, training, gate, tasks, strategy, method, start_from, compare, deploy, *values
+    ):
         """Write the wish down. Nothing is trained in here: the clock finds the row."""
         try:
             if not tasks:
                 raise BadInput("No task is chosen. Choose at least one; the Data tab adds new ones.")
             given: dict[int, dict] = {}
             left = list(values)
-            for form in (*strategies.values(), *methods.values(), training):
+            for form in (*strategies.values(), *methods.values(), training, gate):
                 given[id(form)], left = form.read(left[: len(form.widgets)]), left[len(form.widgets) :]
             wish = wishes.LearnWish(
                 stream=[TaskSource(name=name) for name in tasks], strategy=strategy, method=method,
-                strategy_settings=given[id(strategies[strategy])], method_settings=given[id(methods[method])],
+                strategy_settings=given[id(strategies[strategy])], 
+                method_settings=given[id(methods[method])] if method else {}, gate=given[id(gate)],
                 training=given[id(training)], compare_naive=compare, deploy=deploy, start_from=start_from,
             )  # fmt: skip
             job = wishes.ask(self.workspace, wish, self.house.actor)
