@@ -43,7 +43,8 @@ def shelf(package: str) -> dict[str, type]:
 def _refuse_unknown_hooks(cls: type, contract: type) -> None:
     known = {n for base in contract.__mro__ for n in vars(base)}
     for name, value in vars(cls).items():
-        if callable(value) and not isinstance(value, type) and not name.startswith("_") and name not in known:
+        is_hook = isinstance(value, classmethod | property) or (callable(value) and not isinstance(value, type))
+        if is_hook and not name.startswith("_") and name not in known:
             raise TypeError(
                 f"{cls.__module__} has a hook {name!r} that {contract.__name__} does not know. Is it misspelled?"
             )

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlmodel import select
 
 from clm_app.catalog import pick
 from clm_app.data.ingest import find
 from clm_app.data.reading import read_rows
 from clm_app.data.streams import TaskSource
+from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.settings import SMALL_MODEL, TrainingSettings
 from clm_app.errors import BadData, BadInput, BadSettings, NotThere
 from clm_app.judging.gate import GateSettings
+from clm_app.registry import versions
 from clm_app.workspace import Workspace
 from store.db import record
 from store.tables import Job
@@ -60,19 +63,32 @@ def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
     """Check every file of the wish, write the job down as asked, and return it; nothing is kept of a refused wish.
 
     Raises:
-        BadInput: a task has no file and no snapshot, or a file cannot be used.
+        BadInput: a file cannot be used, or the model does not fit this machine as it is now.
+        NotThere: a task has no file and no snapshot, or there is no version to start from.
     """
     for source in wish.stream:
         if source.path:
             read_rows(Path(source.path), workspace.settings)
         elif find(workspace, source.name) is None:
             raise NotThere(f"There is no task {source.name!r} and no file for it. Add the file on the Data tab first.")
+    _refuse_what_cannot_start(workspace, wish)
     with workspace.write() as session:
         job = Job(kind="learn", wish=wish.model_dump(mode="json"), asked_by=by, stage="waiting for the clock")
         session.add(job)
         session.flush()
         record(session, by, "job.asked", f"job:{job.id}", tasks=[s.name for s in wish.stream], strategy=wish.strategy)
     return job
+
+
+def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish) -> None:
+    """Look for the version to start from and, where no other job has to end first, for room to train it now."""
+    parent = versions.by_name(workspace, wish.start_from)
+    base, _ = versions.weights(workspace, parent)
+    with workspace.read() as session:
+        if session.exec(select(Job.id).where(Job.status.not_in(ENDED))).first() is not None:
+            return
+    kind, knobs = pick("clm_app.methods", wish.method_for(parent.parameters)).weights_kind, wish.training
+    refuse_what_does_not_fit(parent.parameters, base, kind, knobs.batch_rows, knobs.max_tokens, workspace.home)
 
 
 def cancel(workspace: Workspace, job_id: int, by: str) -> Job:

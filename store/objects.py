@@ -42,6 +42,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder. Not shutil.copytree: it wraps errors, and nobody sees that the disk is full."""
+    if source.is_dir():
+        target.mkdir()
+        for child in source.iterdir():
+            _copy(child, target / child.name)
+    else:
+        shutil.copyfile(source, target)
+
+
 class Objects:
     """A folder of objects; each is a file or a folder of files, read-only, at <first two hex>/<digest>."""
 
@@ -65,7 +75,7 @@ class Objects:
         place.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root, prefix="new-") as temporary:
             copy = Path(temporary) / "object"
-            shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
+            _copy(source, copy)
             for file in [copy] if copy.is_file() else [p for p in copy.rglob("*") if p.is_file()]:
                 file.chmod(stat.S_IRUSR)
             sync(copy)

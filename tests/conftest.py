@@ -1,36 +1,22 @@
-"""The smallest true things that tests share: a model of two layers, rows that it can learn, a workspace, the real app."""
+"""What every test may ask for: a model of two layers, rows that it can learn, a run in this process, the real app."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from itertools import product
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
-import httpx
 import pytest
 
-import launch
 from clm_app.engine.order import Exam, Order
 from clm_app.engine.settings import TrainingSettings
 from clm_app.settings import Settings
 from clm_app.workspace import Workspace
+from tests.smallest import TASKS, WORDS, App, Stopped, make_rows
 
-ROOT = Path(launch.__file__).parent
-WAIT_S = 120
-
-# Three tasks that need one word each: the word in the prompt decides the answer.
-TASKS = {
-    "Colours": {"red": "stop here", "green": "go on", "blue": "turn left", "gold": "turn right"},
-    "Animals": {"cat": "says meow", "dog": "says woof", "cow": "says moo", "owl": "says hoot"},
-    "Tools": {"saw": "cuts wood", "axe": "splits logs", "pen": "writes text", "mop": "cleans floors"},
-}
-WORDS = ("now", "today", "please", "then", "again", "soon", "here", "maybe")
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}<|end|>{% endfor %}"
@@ -50,7 +36,10 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=480,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     text = [" ".join([*task, *task.values(), *WORDS]) for task in TASKS.values()]
     bpe.train_from_iterator(text * 3, trainer)
@@ -85,19 +74,6 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def make_rows(n: int, labels: dict[str, str] | int = 4) -> list[dict[str, str]]:
-    """Return n rows with different prompts, labels in turn. labels: {word: answer}, or how many made-up ones."""
-    if isinstance(labels, int):
-        labels = {f"word{i}": f"answer {i}" for i in range(labels)}
-    around = [f"{first} {{}} {second} {third}" for first, second, third in product(WORDS, WORDS, WORDS)]
-    words = list(labels)
-    found = []
-    for i in range(n):
-        word = words[i % len(words)]
-        found.append({"prompt": around[(i // len(words) * 37) % len(around)].format(word), "response": labels[word]})
-    return found
-
-
 @pytest.fixture
 def rows_file(tmp_path) -> Callable[..., Path]:
     """Write n rows over some labels as JSONL and return the file; see make_rows."""
@@ -119,7 +95,8 @@ def order_for(tiny_model, tmp_path) -> Callable[..., Order]:
         place.mkdir(parents=True, exist_ok=True)
         rows = place / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(n, TASKS["Colours"])), encoding="utf-8")
-        knobs = {"epochs": 1, "batch_rows": 4, "learning_rate": 1e-2, "checkpoint_every_s": 3600} | (training or {})
+        knobs = {"epochs": 1, "least_steps": 1, "batch_rows": 4, "learning_rate": 1e-2, "prompt_dropout": 0.0,
+                 "checkpoint_every_s": 3600} | (training or {})  # fmt: skip
         fields = {
             "folder": place, "base": tiny_model, "adapter": None, "rows": rows, "kept": {}, "strategy": "naive",
             "strategy_settings": {}, "method": "lora", "method_settings": {}, "training": TrainingSettings(**knobs),
@@ -128,6 +105,47 @@ def order_for(tiny_model, tmp_path) -> Callable[..., Order]:
         return Order(**fields | changes)
 
     return make
+
+
+@pytest.fixture
+def train(monkeypatch) -> Callable[..., SimpleNamespace]:
+    """Return a function that does an order in this process and returns what was seen of it.
+
+    stop_before: the step at which the run is killed. ticking: the clock goes on by one second with each look at it, so
+    that a step takes as many seconds in every run, however busy the machine is.
+    """
+    import torch
+    from safetensors.torch import load
+
+    from clm_app.engine import loop
+
+    torch.set_num_threads(1)
+
+    def do(order: Order, stop_before: int | None = None, ticking: bool = False) -> SimpleNamespace:
+        seen = SimpleNamespace(events=[], steps=[], rows=[], model=None, trained=None, measured=None, weights=None)
+
+        class Watched(loop.Engine):
+            def step(self, model, optimiser, step):
+                if step == stop_before:
+                    raise Stopped
+                loss, tokens, rate = super().step(model, optimiser, step)
+                seen.steps.append(SimpleNamespace(number=step, loss=loss.item(), tokens=tokens, rate=rate))
+                seen.rows.append([row.prompt for row in self.batch(step)])
+                seen.model = model
+                return loss, tokens, rate
+
+        with monkeypatch.context() as patch:
+            if ticking:
+                patch.setattr(loop, "time", SimpleNamespace(monotonic=count().__next__, time=time.time))
+            try:
+                seen.trained, seen.measured = Watched(order, seen.events.append).run()
+            except Stopped:
+                return seen
+        files = sorted((order.folder / "weights").glob("*.safetensors"))
+        seen.weights = {name: tensor for file in files for name, tensor in load(file.read_bytes()).items()}
+        return seen
+
+    return do
 
 
 @pytest.fixture
@@ -147,79 +165,6 @@ def workspace(tmp_path, tiny_model):
     made = Workspace(Settings(home=tmp_path / "home", base_model=str(tiny_model), tick_s=0.05))
     yield made
     made.close()
-
-
-class App:
-    """The real app in a process of its own, over a home that outlives it."""
-
-    def __init__(self, home: Path, base_model: Path, **environment: str) -> None:
-        self.home = home
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("CLM_")}
-        knobs = {"BASE_MODEL": str(base_model), "TICK_S": "0.1", "THREADS": "1", "BACKEND": "transformers"}
-        self.environment = clean | {f"CLM_{name}": value for name, value in knobs.items()} | environment
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> App:
-        """Start the app and return when its port answers."""
-        # The installed command's own entry: launch.py itself would look whether .venv is complete, and mend it.
-        command = [sys.executable, "-c", "import launch; raise SystemExit(launch.clm())"]
-        with open(self.home.with_suffix(".log"), "a") as log:
-            self.process = subprocess.Popen(
-                [*command, "--no-browser", "--home", str(self.home), "--port", "0"],
-                cwd=ROOT, env=self.environment, stdout=log, stderr=log,
-            )  # fmt: skip
-        self.client = httpx.Client(base_url=self.until(self._address), timeout=60, trust_env=False)
-        self.until(self._answers)
-        return self
-
-    def _address(self) -> str | None:
-        assert self.process.poll() is None, self.home.with_suffix(".log").read_text()[-2000:]
-        try:
-            told = json.loads((self.home / "app.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return told["address"] if told["pid"] == self.process.pid else None  # not one that a killed app left behind
-
-    def _answers(self) -> bool:
-        try:
-            return self.client.get("/api/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def kill(self) -> None:
-        """End the app as a power cut would."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.client.close()
-
-    def stop(self) -> None:
-        """End the app as Ctrl-C would."""
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(WAIT_S)
-            self.client.close()
-
-    def get(self, path: str):
-        """Return what a route answers."""
-        return self.client.get(path).raise_for_status().json()
-
-    def learn(self, **wish) -> dict:
-        """Ask for a learn job and return its row."""
-        answer = self.client.post("/api/learn", json=wish)
-        assert answer.status_code == 201, answer.text
-        return answer.json()
-
-    def follow(self, job_id: int) -> dict:
-        """Wait until a job has ended and return its story."""
-        return self.until(lambda: (job := self.get(f"/api/jobs/{job_id}"))["ended_at"] and job)
-
-    def until(self, found: Callable, limit_s: float = WAIT_S):
-        """Return what `found` gives as soon as it is true."""
-        end = time.monotonic() + limit_s
-        while not (value := found()):
-            assert time.monotonic() < end, f"not within {limit_s} s; {self.home.with_suffix('.log').read_text()[-1000:]}"
-            time.sleep(0.05)
-        return value
 
 
 @pytest.fixture(scope="module")

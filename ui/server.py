@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -25,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 import clm_app
 from clm_app.catalog import shelf
-from clm_app.errors import BadSettings, ClmError, plain
+from clm_app.errors import BadSettings, ClmError, OutOfRoom, plain
 from ui.house import House
 
 LOG = logging.getLogger("clm.ui")
@@ -204,6 +205,8 @@ async def _http_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _accident(_request: Request, error: Exception) -> JSONResponse:
     LOG.error("a request failed", exc_info=error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return JSONResponse({"error": plain(error)}, OutOfRoom.status)
     return JSONResponse({"error": "Something went wrong inside the app. Its log has the details."}, 500)
 
 
@@ -251,6 +254,7 @@ def open_port(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if exclusive is None else exclusive, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen(2048)  # who asks before the server accepts waits instead of being refused
     except OSError as err:
         listener.close()
         raise BadSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 import tempfile
@@ -12,7 +13,7 @@ from sqlmodel import select
 
 from clm_app.data.reading import Reading, read_rows
 from clm_app.data.rows import Row, dump, load
-from clm_app.errors import BadData
+from clm_app.errors import BadData, OutOfRoom
 from clm_app.workspace import Workspace
 from store.db import record
 from store.tables import Snapshot, Task
@@ -63,35 +64,56 @@ def find(workspace: Workspace, name: str) -> Task | None:
 
 
 def freeze(workspace: Workspace, reading: Reading, seed: int) -> tuple[str, dict[str, int]]:
-    """Split the rows, store the three files as one object, and return its digest and the row counts."""
+    """Split the rows, store the three files as one object, and return its digest and the row counts.
+
+    Raises:
+        OutOfRoom: the disk is full; nothing was changed.
+    """
     parts = split(reading.rows, seed)
-    with tempfile.TemporaryDirectory(dir=workspace.home) as folder:
-        for part, rows in parts.items():
-            dump(rows, Path(folder) / f"{part}.jsonl")
-        digest = workspace.objects.put(Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(dir=workspace.home) as folder:
+            for part, rows in parts.items():
+                dump(rows, Path(folder) / f"{part}.jsonl")
+            digest = workspace.objects.put(Path(folder))
+    except OSError as err:
+        if err.errno != errno.ENOSPC:
+            raise
+        raise OutOfRoom(
+            f"The disk is full, so {workspace.home} cannot take {len(reading.rows)} rows; nothing was changed. "
+            "Free some space and try again."
+        ) from err
     return digest, {f"{part}_rows": len(rows) for part, rows in parts.items()}
 
 
 def split(rows: list[tuple[Row, str | None]], seed: int) -> dict[str, list[Row]]:
-    """Return {train, validation, test}: as the file says where it says so for all three, else by label.
+    """Return {train, validation, test}: as the file says where every row says it, else by label.
 
-    Rows with the same prompt stay together, so that nothing is tested that was trained.
+    A part that the file does not publish is taken from its training rows. Rows with the same prompt stay together,
+    whatever their labels, so that nothing is tested that was trained.
     """
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-    if {given for _, given in rows} == set(parts):
-        for row, given in rows:
-            parts[given].append(row)
+    said = {given for _, given in rows}
+    is_published = "train" in said and None not in said
+    for row, given in rows:
+        parts[given if is_published else "train"].append(row)
+    wanted = {part: share for part, share in SHARES.items() if not parts[part]}
+    if not wanted:
         return parts
-    by_label: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row, _ in rows:
-        by_label[row.label][row.prompt.lower()].append(row)
+    by_prompt: dict[str, list[Row]] = defaultdict(list)
+    for row in parts["train"]:
+        by_prompt[row.prompt.lower()].append(row)
+    by_label: dict[str, list[list[Row]]] = defaultdict(list)
+    for group in by_prompt.values():
+        by_label[group[0].label].append(group)
+    parts["train"] = []
     rng = random.Random(seed)
-    owed = dict.fromkeys(SHARES, 0.0)  # carried from label to label, so that many small labels still fill every part
+    owed = dict.fromkeys(wanted, 0.0)  # carried from label to label, so that many small labels still fill every part
     for label in sorted(by_label):
-        groups = list(by_label[label].values())
+        groups = by_label[label]
         rng.shuffle(groups)
-        for part, share in SHARES.items():
-            owed[part] += share * len(groups)
+        whole = len(groups)
+        for part, share in wanted.items():
+            owed[part] += share * whole
             while owed[part] >= 0.5 and len(groups) > 1:
                 parts[part] += groups.pop()
                 owed[part] -= 1

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _text(path: Path, settings: Settings) -> str:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
             content = handle.read(limit + 1)
-    except (OSError, EOFError) as err:
+    except (OSError, EOFError, zlib.error) as err:
         raise BadData(f"{path.name} cannot be read: {err}. Check the file, and save it again.") from err
     if len(content) > limit:
         raise BadData(
@@ -123,7 +124,7 @@ def _jsonl(text: str, path: Path) -> Iterable[tuple[str, dict]]:
 def _json(text: str, path: Path) -> Iterable[tuple[str, dict]]:
     try:
         content = json.loads(text) if text.strip() else []
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise BadData(f"{path.name} is not JSON: {err}. Give a list of objects, or a .jsonl file.") from err
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise BadData(f'{path.name} is not a list of objects. Give [{{"prompt": …, "response": …}}, …].')
@@ -133,7 +134,7 @@ def _json(text: str, path: Path) -> Iterable[tuple[str, dict]]:
 def _object(line: str, place: str) -> dict:
     try:
         record = json.loads(line)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise BadData(f"{place} is not JSON: {err}. Each line is one object with prompt and response.") from err
     if not isinstance(record, dict):
         raise BadData(
@@ -149,7 +150,8 @@ def _csv(text: str, path: Path) -> Iterable[tuple[str, dict]]:
         for record in reader:
             yield f"line {reader.line_num}", {(k or "").strip(): v for k, v in record.items()}
     except csv.Error as err:
-        raise BadData(f"{path.name}, line {reader.line_num}: {err}. Check the quotes in that line.") from err
+        line = reader.reader.line_num  # DictReader's own count stands at the row before
+        raise BadData(f"{path.name}, line {line}: {err}. Check the quotes in that line.") from err
 
 
 def _parquet(path: Path) -> Iterable[tuple[str, dict]]:

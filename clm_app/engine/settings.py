@@ -14,11 +14,11 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    epochs: float = Field(4.0, gt=0, le=100, description="passes over the rows")
+    epochs: float = Field(3.0, gt=0, le=100, description="passes over the new rows")
     least_steps: int = Field(
         160, ge=1, le=1_000_000, description="a small task is passed more often, up to this many steps"
     )
-    batch_rows: int = Field(16, ge=1, le=4096, description="rows in one step")
+    batch_rows: int = Field(32, ge=1, le=4096, description="rows in one step")
     learning_rate: float | None = Field(
         None,
         gt=0,

@@ -68,11 +68,11 @@ def judge(new: Pair, old: list[Pair], settings: GateSettings) -> Verdict:
     }  # fmt: skip
     short = [pair for pair in [new, *old] if len(pair.before) < settings.least_items]
     if hurt:
-        worst, _ = min(hurt, key=lambda found: found[0].change)
+        worst, worst_p = min(hurt, key=lambda found: found[0].change)
         names = f" and {len(hurt) - 1} other task{'s' * (len(hurt) > 2)}" if len(hurt) > 1 else ""
         return Verdict(verdict="hold", evidence=evidence, sentence=(
             f"Refused: it forgets {worst.task}{names}: {_share(worst.before)} before, {_share(worst.after)} now, a loss of "
-            f"{-worst.change:.0f} points that is not chance (p = {_p(dict((id(a), b) for a, b in hurt)[id(worst)])})."
+            f"{-worst.change:.0f} points that is not chance ({_p(worst_p)})."
         ))  # fmt: skip
     if short:
         return Verdict(verdict="inconclusive", evidence=evidence, sentence=(
@@ -81,13 +81,9 @@ def judge(new: Pair, old: list[Pair], settings: GateSettings) -> Verdict:
     if learned_p >= settings.alpha:
         return Verdict(verdict="hold", evidence=evidence, sentence=(
             f"Refused: it did not learn {new.task}: {_share(new.before)} right before, {_share(new.after)} now "
-            f"(p = {_p(learned_p)})."
+            f"({_p(learned_p)})."
         ))  # fmt: skip
-    kept = (
-        f"keeps the {len(old)} earlier task{'s' * (len(old) > 1)} within {settings.margin_points:g} points"
-        if old
-        else "is the first task"
-    )
+    kept = _kept(list(zip(old, adjusted, strict=True)), settings.margin_points) if old else "is the first task"
     return Verdict(verdict="promote", evidence=evidence, sentence=(
         f"Promoted: it learned {new.task} ({_share(new.before)} → {_share(new.after)} right) and {kept}."
     ))  # fmt: skip
@@ -129,9 +125,18 @@ def _line(pair: Pair, p: float) -> dict:
             "lost": pair.lost, "gained": pair.gained, "change_points": pair.change, "p": p}  # fmt: skip
 
 
+def _kept(old: list[tuple[Pair, float]], margin_points: float) -> str:
+    """Return what is true of the old tasks of a candidate that hurt none: within the margin, or no more than chance."""
+    count = f"the {len(old)} earlier task{'s' * (len(old) > 1)}"
+    worst, p = min(old, key=lambda found: found[0].change)
+    if -worst.change <= margin_points:
+        return f"keeps {count} within {margin_points:g} points"
+    return f"lost no more than chance on {count} (most on {worst.task}: {-worst.change:.0f} points, {_p(p)})"
+
+
 def _share(outcomes: list[bool]) -> str:
     return f"{100 * sum(outcomes) / len(outcomes):.0f} %"
 
 
 def _p(value: float) -> str:
-    return "below 0.001" if value < 0.001 else f"{value:.3f}"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -36,8 +36,8 @@ class Lora(Method):
     Settings = LoraSettings
 
     def learning_rate(self, hidden_size: int) -> float:
-        """Return 2e-4 at width 4096 and more for narrower models (LOG.md, "Training defaults": 3.2e-3 at 256)."""
-        return 2e-4 * 4096 / hidden_size
+        """Return 3e-4 at width 4096 and more for narrower models (LOG.md, "Training defaults": 4.8e-3 at 256)."""
+        return 3e-4 * 4096 / hidden_size
 
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the base under a fresh adapter, or under the parent's, which is trained on.

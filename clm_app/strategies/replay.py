@@ -21,7 +21,7 @@ class ReplaySettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     share: float = Field(0.5, ge=0.0, le=0.9, description="share of the final mix that is rehearsal, 0..0.9")
-    rows_per_task: int = Field(150, ge=1, le=1_000_000, description="most rows kept of one past task")
+    rows_per_task: int = Field(1000, ge=1, le=1_000_000, description="most rows kept of one past task")
 
 
 class Replay(Strategy):
@@ -33,10 +33,11 @@ class Replay(Strategy):
 
     def mix(self, new: list[Row], kept: dict[str, list[Row]], rng: random.Random) -> list[tuple[str, Row]]:
         """Return the new rows once, and so many kept rows that they are `share` of the whole, spread evenly."""
-        wanted = round(len(new) * self.settings.share / (1 - self.settings.share)) if any(kept.values()) else 0
+        sources = [source for source in sorted(kept) if kept[source]]
+        wanted = round(len(new) * self.settings.share / (1 - self.settings.share)) if sources else 0
         rows = [("new", row) for row in new]
-        for index, source in enumerate(sorted(kept)):
-            count = wanted // len(kept) + (index < wanted % len(kept))
+        for index, source in enumerate(sources):
+            count = wanted // len(sources) + (index < wanted % len(sources))
             rows += [(source, row) for row in draw_evenly(kept[source], count, rng)]
         rng.shuffle(rows)
         return rows
