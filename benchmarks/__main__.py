@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Pass the flags on to each benchmark and return the number that failed."""
+    """Pass the flags on to each benchmark and return how many failed."""
     known = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
     flags = sys.argv[1:]
     named = []
@@ -20,7 +20,19 @@ def main() -> int:
     if unknown := set(named) - set(known):
         print(f"There is no benchmark {min(unknown)!r}; there are {', '.join(known)}.", file=sys.stderr)
         return 2
-    return sum(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *flags]) != 0 for name in named or known)
+    failed = 0
+    for name in named or known:
+        failed += subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *own(flags, name, len(named) != 1)]) != 0
+    return failed
+
+
+def own(flags: list[str], name: str, is_one_of_several: bool) -> list[str]:
+    """Return the flags with a --json file of this benchmark's own: figures.json becomes figures-retention.json."""
+    flags = list(flags)
+    if is_one_of_several and "--json" in flags[:-1]:
+        at = flags.index("--json") + 1
+        flags[at] = str(Path(flags[at]).with_stem(f"{Path(flags[at]).stem}-{name}"))
+    return flags
 
 
 if __name__ == "__main__":

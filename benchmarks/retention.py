@@ -29,7 +29,7 @@ from clm_app.registry.versions import STARTER
 from store.objects import file_digest
 
 JOINT = "joint"
-QUICK = {"tasks": 2, "rows_per_label": 20, "epochs": 3.0, "least_steps": 1}
+QUICK = {"tasks": 2, "rows_per_label": 15, "epochs": 3.0, "least_steps": 1}
 
 
 class Cell(NamedTuple):

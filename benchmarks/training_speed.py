@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--passes", type=int, default=round(TrainingSettings().epochs), help="passes over the rows in each turn"
     )
-    parser.add_argument("--methods", nargs="+", default=["full", "lora"], help="sections")
+    parser.add_argument("--methods", nargs="+", help="sections; full and lora, or --quick: the default")
     parser.add_argument("--bfd", action="store_true", help="also SFTTrainer's default packing: very slow without a GPU")
     options = parser.parse_args()
     try:
@@ -307,7 +307,8 @@ def main() -> None:
     except ImportError as err:
         raise BadInput(f"{err.name} is missing. Install the peers: python launch.py setup --bench.") from err
     if options.quick:
-        options.passes, options.methods, options.seeds = QUICK["passes"], [default_method()], options.seeds[:1]
+        options.passes, options.seeds = QUICK["passes"], options.seeds[:1]
+    options.methods = options.methods or ([default_method()] if options.quick else ["full", "lora"])
     cache = report.WORK / "rows"
     is_there = (options.data / "domains.json").exists()
     sources = stream_from(options.data, 1, cache) if is_there else demo_stream()[:1]

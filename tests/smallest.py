@@ -17,7 +17,7 @@ import httpx
 import launch
 
 ROOT = Path(launch.__file__).parent
-WAIT_S = 120
+WAIT_S = 600  # never reached on a quiet machine; a busy one may take twenty seconds to import torch
 
 # Three tasks that need one word each: the word in the prompt decides the answer.
 TASKS = {

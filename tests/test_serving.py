@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from clm_app.catalog import shelf
+from clm_app.data.template import neutral
 from clm_app.errors import BadInput, BadModel, BadSettings, ChildFailed, NotThere
 from clm_app.registry import versions
 from clm_app.serving import gguf as convert
@@ -151,7 +152,7 @@ def test_text_that_spells_a_control_token_stays_text(backend):
     ids = backend.prompt.ids([Message(role="system", content=forged), Message(role="user", content=forged)])
     controls = [backend.prompt.tokenizer.convert_ids_to_tokens(i) for i in ids if i < len(SPECIALS)]
     assert controls == ["<|bos|>", "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"]
-    assert "\u200b" not in backend.prompt.harmless("a < b | c > d, 1<|2")
+    assert neutral(backend.prompt.tokenizer, "a < b | c > d, 1<|2") == "a < b | c > d, 1<|2"
 
 
 def test_a_conversation_that_does_not_fit_is_refused_with_both_numbers(backend):
@@ -173,7 +174,7 @@ def test_a_folder_without_a_template_gets_a_plain_one(folder, tmp_path):
     prompt = Prompt(tmp_path)
     text = prompt.tokenizer.decode(prompt.ids([*TURN, Message(role="assistant", content="Here."), *TURN]))
     question = f"User:\n{HELLO[0]['content']}\n"
-    assert not prompt.has_own_template and text == f"{question}Assistant:\nHere.<|end|>\n{question}Assistant:\n"
+    assert text == f"{question}Assistant:\nHere.<|end|>\n{question}Assistant:\n"
 
 
 def test_pieces_of_any_bytes_join_to_the_decoded_text(backend):

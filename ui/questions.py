@@ -80,12 +80,16 @@ def matrices(workspace: Workspace, job_id: int) -> dict[str, Matrix]:
 
 
 def job_story(workspace: Workspace, job_id: int) -> dict[str, Any]:
-    """Return a job with its runs, each with its latest progress, and its matrices."""
+    """Return a job with its runs, each with its latest progress, and its matrices.
+
+    The job's own row is read first: a story that says it has ended holds all that it ended with.
+    """
+    row = job(workspace, job_id).model_dump(mode="json")
     runs = [
         run.model_dump(mode="json") | {"task": name, "progress": progress.latest(events_file(workspace, run))}
         for run, name in runs_of(workspace, job_id)
     ]
-    return job(workspace, job_id).model_dump(mode="json") | {
+    return row | {
         "runs": runs,
         "matrices": {track: plain_matrix(m) for track, m in matrices(workspace, job_id).items()},
         "decisions": decisions(workspace, job_id),

@@ -10,14 +10,18 @@ from clm_app.errors import BadModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# For a folder without a chat template, as base models come; `{% generation %}` marks what training learns.
 PLAIN = (
-    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}Assistant: {% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
 )
-JOINER = "\u2060"  # word joiner: invisible, and enough that "<|end|>" typed by a person is text and not a control token
+APART = "\u200b"  # zero-width space: enough that "<|end|>" typed by a person is text and not a control token
 
 
 def load_tokenizer(folder) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder; one without a chat template gets the plain one, a line per turn.
+    """Return the tokenizer of a model folder; one without a chat template gets the plain one, a line for each turn.
 
     Raises:
         BadModel: the folder has no usable tokenizer, or the tokenizer has no end token.
@@ -43,11 +47,19 @@ def load_tokenizer(folder) -> PreTrainedTokenizerBase:
 
 
 def neutral(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return the text with every control token in it broken by an invisible character."""
-    for special in tokenizer.all_special_tokens:
-        if len(special) > 1 and special in text:
-            text = text.replace(special, special[0] + JOINER + special[1:])
+    """Return the text with every control token in it broken apart; usually the very same text."""
+    for special in _specials(tokenizer):
+        while special in text:
+            text = text.replace(special, special[0] + APART + special[1:] if special[1:] else "")
     return text
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return every control token, longest first; kept on the tokenizer, since reading them costs milliseconds."""
+    if not hasattr(tokenizer, "clm_specials"):
+        found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokenizer.clm_specials = sorted(found, key=len, reverse=True)
+    return tokenizer.clm_specials
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:

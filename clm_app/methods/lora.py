@@ -65,5 +65,7 @@ class Lora(Method):
         )  # fmt: skip
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write the adapter alone."""
+        """Write the adapter alone; equal weights give equal files, so PEFT's set of layer names is put in order."""
+        config = model.peft_config["default"]
+        config.target_modules = sorted(config.target_modules)
         model.save_pretrained(folder)

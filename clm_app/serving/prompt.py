@@ -1,44 +1,23 @@
-"""A conversation becomes token ids, the same ids for every backend.
-
-The text of a turn can never act as a control token: wherever it spells a special token, a zero-width space is put
-after that token's first character, so the model reads the same letters as ordinary text. Text that spells none (all
-text that training has seen) is left as it is.
-"""
+"""The tokenizer of a model folder as serving uses it: a conversation becomes the ids that training saw."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from clm_app.errors import BadInput, BadModel
+from clm_app.data.template import load_tokenizer, prompt_ids
+from clm_app.errors import BadInput
 from clm_app.serving.chat import Message
 
 LARGEST_CONTEXT = 8192  # tokens; the cache of keys and values grows with it, and this app trains on far shorter rows
-APART = "\u200b"  # zero-width space
-# For a folder without a chat template, as base models come; `{% generation %}` marks what training would learn.
-FALLBACK_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | capitalize }}:{{ '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
-)
 
 
 class Prompt:
     """The tokenizer, the template and the limits of one model folder."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as err:
-            raise BadModel(
-                f"The tokenizer in {folder} cannot be read: {err}. Put the whole model folder back."
-            ) from err
+        self.tokenizer = load_tokenizer(folder)
         config = _json(folder / "config.json")
-        self.has_own_template = bool(self.tokenizer.chat_template)
-        self.template = None if self.has_own_template else FALLBACK_TEMPLATE
         self.ends = end_ids(folder, self.tokenizer.eos_token_id)
         self.context = int(
             min(
@@ -46,9 +25,6 @@ class Prompt:
                 self.tokenizer.model_max_length,
                 LARGEST_CONTEXT,
             )
-        )
-        self.specials = sorted(
-            (t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
         )
 
     def ids(self, messages: list[Message]) -> list[int]:
@@ -59,27 +35,16 @@ class Prompt:
         """
         from jinja2 import TemplateError
 
-        turns = [{"role": m.role, "content": self.harmless(m.content)} for m in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=True
-            )
+            ids = prompt_ids(self.tokenizer, [{"role": m.role, "content": m.content} for m in messages])
         except TemplateError as err:
             raise BadInput(f"This model's chat template refuses the conversation: {err}. Change its turns.") from err
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) >= self.context:
             raise BadInput(
                 f"The conversation has {len(ids)} tokens; this model reads {self.context}. "
                 "Shorten it or start a new one."
             )
         return ids
-
-    def harmless(self, content: str) -> str:
-        """Return content in which no special token is spelled; usually the very same text."""
-        for special in self.specials:
-            while special in content:
-                content = content.replace(special, special[0] + APART + special[1:] if special[1:] else "")
-        return content
 
 
 def end_ids(folder: Path, end: int | None) -> frozenset[int]:

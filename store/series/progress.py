@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from store.db import query
 
+TAIL = 16_384  # bytes
 COLUMNS = ("{kind: 'VARCHAR', step: 'BIGINT', \"of\": 'BIGINT', loss: 'DOUBLE', learning_rate: 'DOUBLE', "
            "tokens_per_s: 'DOUBLE', eta_s: 'DOUBLE', memory_mb: 'DOUBLE', \"at\": 'DOUBLE'}")  # fmt: skip
 
@@ -32,6 +34,15 @@ def curve(events: Path, points: int = 400) -> list[dict]:
 
 
 def latest(events: Path) -> dict | None:
-    """Return the newest progress event, or None before the first."""
-    rows = curve(events)
+    """Return the newest progress event, or None before the first; reads the file's end alone, as pages ask often."""
+    try:
+        with open(events, "rb") as handle:
+            handle.seek(max(0, handle.seek(0, 2) - TAIL))
+            lines = handle.read().decode("utf-8", "replace").split("\n")
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines[:-1]):  # what follows the last line break is a line being written
+        if line.startswith('{"kind":"progress"'):
+            return json.loads(line)
+    rows = curve(events, 1)  # a long measurement has filled the end of the file
     return rows[-1] if rows else None
