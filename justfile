@@ -31,7 +31,7 @@ fix:
 
 # the pages that a machine writes
 docs:
-    {{python}} -m ui.cli docs
+    {{python}} docs/make.py
 
 # tables: ours beside a peer, same work, one run
 bench *flags:

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,6 +33,7 @@ from clm_app import hardware
 from clm_app.errors import BadData, ClmError
 from clm_app.provenance import ROOT, code_version
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peers still use
 WORK = ROOT / ".benchmarks"
 CLINC150 = ROOT.parent / "shared" / "data" / "clinc150"
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -131,6 +133,11 @@ def write(file: Path | None, figures: list[Figure], settings: dict, raw: object 
     file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def chosen(options: argparse.Namespace) -> dict:
+    """Return the command line for a report; of files and folders the name alone, for a path tells of one machine."""
+    return {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
 def libraries() -> dict[str, str]:
     """Return the versions that decide a figure, the peers' too where they are installed."""
     found = dict(hardware.libraries())
@@ -150,7 +157,7 @@ def machine() -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; a refusal ends it with its sentence, and a missed target with exit code 1."""
+    """Run a benchmark; a refusal ends it with its sentence and exit code 2."""
     try:
         main()
     except ClmError as refusal:

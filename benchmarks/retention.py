@@ -330,7 +330,7 @@ def main() -> None:
         "matrices": {arm: {seed: bench.matrix(arm, seed).model_dump() for seed in seeds} for arm in bench.arms},
         "joint": {seed: bench.done[JOINT, seed, 0].scores for seed in seeds},
     }  # fmt: skip
-    report.write(options.json, figures, {k: str(v) for k, v in vars(options).items()} | {
+    report.write(options.json, figures, report.chosen(options) | {
         "training": bench.training.model_dump(), "rows": {t.name: len(t.file("train").read_text().splitlines()) for t in tasks},
     }, raw)  # fmt: skip
 

@@ -78,7 +78,7 @@ def main() -> None:
         figures.append(report.figure(f"{name}: seconds", one["seconds"], at_most=MOST_SECONDS, judged=judged))
         figures.append(report.figure(f"{name}: test", one["test"]))
     report.verdicts(figures)
-    settings = {k: str(v) for k, v in vars(options).items()} | {"training": TrainingSettings(**knobs).model_dump()}
+    settings = report.chosen(options) | {"training": TrainingSettings(**knobs).model_dump()}
     report.write(options.json, figures, settings, found)
 
 

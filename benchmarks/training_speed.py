@@ -6,7 +6,7 @@ engine does counts as its time: tokenising, events, checkpoints, the written wei
 The peers only train: their tokenising, packing and loading is done before their clock starts, and they save nothing.
 
 SFTTrainer packs: as many tokens in a step as the engine's batches hold on average, so all take as many steps. "wrapped"
-cuts rows at the seams; "bfd", its default, keeps them whole and needs flash attention to be fast.
+cuts rows at the seams and is its quickest way without flash attention; "bfd", its default, keeps rows whole.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def sft(work: Work, packing: str = "wrapped") -> Taken:
 
 
 def sft_default(work: Work) -> Taken:
-    """Run SFTTrainer with the packing it has by default; one pass, for it may be very slow."""
-    return sft(work._replace(passes=1), "bfd")
+    """Run SFTTrainer with the packing it has by default."""
+    return sft(work, "bfd")
 
 
 ARMS: dict[str, Callable[[Work], Taken]] = {
@@ -299,7 +299,6 @@ def main() -> None:
         "--passes", type=int, default=round(TrainingSettings().epochs), help="passes over the rows in each turn"
     )
     parser.add_argument("--methods", nargs="+", help="sections; full and lora, or --quick: the default")
-    parser.add_argument("--bfd", action="store_true", help="also SFTTrainer's default packing: very slow without a GPU")
     options = parser.parse_args()
     try:
         import datasets  # noqa: F401
@@ -313,7 +312,7 @@ def main() -> None:
     is_there = (options.data / "domains.json").exists()
     sources = stream_from(options.data, 1, cache) if is_there else demo_stream()[:1]
     task = learnable(sources, cache, QUICK["rows_per_label"] if options.quick else None)[0]
-    arms = [arm for arm in ARMS if arm != SFT_DEFAULT or options.bfd or torch.cuda.is_available()]
+    arms = [arm for arm in ARMS if arm != SFT_DEFAULT or not options.quick]
     report.console.print(
         f"{report.machine()}; {len(load(task.file('train')))} rows of {task.name}, {options.passes} passes"
     )
@@ -323,7 +322,7 @@ def main() -> None:
             raw[method] = section(method, arms, options, task, Path(folder))
             figures += show(method, raw[method], judged=not options.quick)
     report.verdicts(figures)
-    report.write(options.json, figures, {k: str(v) for k, v in vars(options).items()}, {
+    report.write(options.json, figures, report.chosen(options), {
         method: {arm: [one._asdict() for one in turns] for arm, turns in found.items()} for method, found in raw.items()
     })  # fmt: skip
 

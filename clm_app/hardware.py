@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 GB = 1024**3
+psutil.cpu_percent()  # the first reading is always 0; later ones say the load since the one before
 
 
 @cache

@@ -20,9 +20,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CLM_", extra="ignore")
 
     home: Path = Field(default_factory=default_home, description="workspace folder")
-    host: str = Field(
-        "127.0.0.1", pattern=r"^(127\.0\.0\.1|localhost)$", description="address to serve on: this machine only"
-    )
     port: int = Field(7860, ge=0, le=65535, description="port of the page and the API; 0 takes any free one")
     base_model: str = Field(
         "starter", description="starter, or the folder of a Hugging Face model that v0 is made from"

@@ -54,10 +54,10 @@ for name in ("connect", "connect_ex", "sendto"):
 for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
     setattr(socket, name, guarded(getattr(socket, name), lambda host=None, *rest: host))
 '''  # fmt: skip
-KNOBS = {"epochs": 12, "least_steps": 1, "batch_rows": 8, "learning_rate": 1e-2, "prompt_dropout": 0.0, "seed": 0}
+KNOBS = {"epochs": 20, "least_steps": 1, "batch_rows": 8, "learning_rate": 5e-3, "prompt_dropout": 0.0, "seed": 0}
 WISH = {
     "strategy": "replay", "strategy_settings": {"share": 0.5, "rows_per_task": 40}, "method": "lora",
-    "method_settings": {"rank": 16, "alpha": 32, "dropout": 0.1}, "gate": {"least_items": 10},
+    "method_settings": {"rank": 32, "alpha": 64, "dropout": 0.02}, "gate": {"least_items": 10},
 }  # fmt: skip
 
 

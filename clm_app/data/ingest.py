@@ -119,6 +119,8 @@ def split(rows: list[tuple[Row, str | None]], seed: int) -> dict[str, list[Row]]
                 owed[part] -= 1
         for group in groups:
             parts["train"] += group
+    for part in parts.values():
+        rng.shuffle(part)
     return _filled(parts, rng)
 
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 # For a folder without a chat template, as base models come; `{% generation %}` marks what training learns.
 PLAIN = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}Assistant: {% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}\n"
-    "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% for m in messages %}{{ m['role'] | capitalize }}:{{ '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
 )
 APART = "\u200b"  # zero-width space: enough that "<|end|>" typed by a person is text and not a control token
 

@@ -42,7 +42,7 @@ class Home(Tab):
         before = f" It took over from {safe(story['previous'].name)}." if story["previous"] else ""
         since = f"{moment(deployment.created_at)} ({ago(deployment.created_at)})"
         if decision:
-            why = f"The gate promoted it: {safe(decision.sentence)}"
+            why = f"The gate: {safe(decision.sentence)}"
         else:
             why = f"{safe(deployment.actor)} put it live: {safe(deployment.reason or 'no reason was given')}"
         return card(

@@ -47,7 +47,7 @@ class Train(Tab):
             )  # fmt: skip
             with gr.Row():
                 self.strategy = self._pick("clm_app.strategies", "Against forgetting", default["strategy"])
-                automatic = ("Automatic (every weight of a small model, else LoRA)", "")
+                automatic = ("Automatic (by model size)", "")
                 self.method = self._pick("clm_app.methods", "Way to tune", default["method"], automatic)
                 self.start_from = gr.Dropdown(self._version_names(), value="live", label="Start from")
             with gr.Row():
