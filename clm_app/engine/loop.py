@@ -103,7 +103,9 @@ class Engine:
         rate = self.peak * share_of_peak(step, self.steps, self.knobs.warmup_share)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = tensors(self.batch(step), self.encoded, self.device, self.hidden_share)
+        rows = self.batch(step)
+        batch = tensors(rows, self.encoded, self.device, self.hidden_share)
+        tokens = sum(len(prompt) + len(answer) for prompt, answer in map(self.encoded, rows))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             logits, targets = answer_logits(model, batch)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -112,7 +114,7 @@ class Engine:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.knobs.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return loss.detach(), int(batch["attention_mask"].sum()), rate
+        return loss.detach(), tokens, rate
 
     # --- what is trained on -------------------------------------------------------------------------------------------
 

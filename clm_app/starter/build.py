@@ -294,6 +294,9 @@ def export(work: Path, out: Path) -> None:
         "data": sizes,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    from clm_app.starter.baseline import ngram_bits_per_byte  # here, since that file reads this one
+
+    figures |= ngram_bits_per_byte(work, (out / "model.safetensors").stat().st_size)
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(figures, flush=True)
 
