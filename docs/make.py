@@ -27,7 +27,9 @@ def table(title: str, model: type[BaseModel], note: str = "") -> str:
     """Return a Markdown section with one row per field of a model."""
     rows = []
     for name, field in model.model_fields.items():
-        bounds = [f"{SIGNS[k][0]} {getattr(m, SIGNS[k][1])}" for m in field.metadata if (k := type(m).__name__) in SIGNS]
+        bounds = [
+            f"{SIGNS[k][0]} {getattr(m, SIGNS[k][1])}" for m in field.metadata if (k := type(m).__name__) in SIGNS
+        ]
         given = "" if field.default_factory or field.is_required() else repr(field.default)
         rows.append(f"| `{name}` | {given} | {', '.join(bounds)} | {field.description or ''} |")
     body = "\n".join(rows) if rows else "| (none) | | | |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import errno
 import gzip
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import duckdb
+import httpx
 import pytest
 from pydantic import ValidationError
 from sqlmodel import select
@@ -231,6 +233,25 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(workspace, rows_file, monk
     assert "disk is full" in told and "Free some space" in told
     monkeypatch.undo()
     assert snapshot(workspace, "Lamps", rows_file(40), "local").id == 1, "with room again it is taken"
+
+
+def test_a_disk_that_fills_up_during_an_upload_is_a_sentence_too(workspace, monkeypatch):
+    from ui.api.data import Data
+    from ui.house import House
+    from ui.server import make_app
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def upload():
+        door = httpx.ASGITransport(make_app(House(workspace)), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=door, base_url="http://127.0.0.1") as client:
+            return await client.post("/api/tasks", data={"name": "Lamps"}, files={"file": ("a.jsonl", b"{}")})
+
+    monkeypatch.setattr(Data, "_write", full)
+    answer = asyncio.run(upload())
+    assert answer.status_code == 507 and "The disk is full. Free some space" in answer.json()["error"]
+    assert count_rows(workspace)["Task"] == 0 and not list(workspace.uploads.iterdir())
 
 
 def test_every_error_that_a_person_may_see_says_something():

@@ -120,7 +120,9 @@ def test_three_tasks_are_learned_one_after_the_other_and_the_old_ones_are_kept(t
     assert story["status"] == "done" and story["error"] is None and story["done_share"] == 1.0
     main = story["matrices"]["main"]
     assert main["tasks"] == list(TASKS) and main["versions"] == ["v1", "v2", "v3"]
-    assert all(main["values"][i][j] is not None for i in range(3) for j in range(i + 1)), "each old task is measured again"
+    assert all(main["values"][i][j] is not None for i in range(3) for j in range(i + 1)), (
+        "each old task is measured again"
+    )
     assert main["values"][0][1] < 0.5 and main["values"][1][2] < 0.5, "and the next one before it is learned"
     assert main["average_accuracy"] >= 0.9 and main["backward_transfer"] > -0.1
 
@@ -151,7 +153,10 @@ def test_a_versions_card_leads_back_to_everything_it_was_made_from(taught, strea
     version, run = card["version"], card["run"]
     assert (card["parent"], card["task"], version["kind"], version["state"]) == ("v1", "Animals", "adapter", "accepted")
     assert run["job_id"] == story["id"] and run["settings"]["training"]["epochs"] == KNOBS["epochs"]
-    assert run["settings"]["strategy"] == WISH["strategy_settings"] and run["settings"]["method"] == WISH["method_settings"]
+    assert (
+        run["settings"]["strategy"] == WISH["strategy_settings"]
+        and run["settings"]["method"] == WISH["method_settings"]
+    )
     assert run["code_version"].startswith("0.") and run["libraries"]["torch"] and run["hardware"]["cores"]
     assert (version["seed"], version["strategy"], version["method"]) == (0, "replay", "lora")
     assert card["snapshot"]["source"] == stream[1]["path"] and card["snapshot"]["train_rows"] > 0
@@ -161,7 +166,12 @@ def test_a_versions_card_leads_back_to_everything_it_was_made_from(taught, strea
     assert [d["verdict"] for d in card["decisions"]] == ["promote"] and len(card["deployments"]) == 1
     assert [a["action"] for a in card["audit"]] == ["version.registered", "version.accepted", "version.deployed"]
     objects = app.home / "objects"
-    for digest in (version["object"], card["snapshot"]["object"], tested["Animals"]["object"], *version["memory"].values()):
+    for digest in (
+        version["object"],
+        card["snapshot"]["object"],
+        tested["Animals"]["object"],
+        *version["memory"].values(),
+    ):
         assert (objects / digest[:2] / digest).exists()
     assert run["rehearsed"] == {"1": pytest.approx(card["snapshot"]["train_rows"], abs=1)}, "half of the mix"
 
@@ -174,13 +184,15 @@ def test_only_training_rows_are_ever_rehearsed(taught):
     assert kept_of.keys() == snapshots.keys()
     for snapshot, kept in kept_of.items():
         folder = objects / snapshots[snapshot][:2] / snapshots[snapshot]
-        parts = {part: {row.prompt for row in load(folder / f"{part}.jsonl")} for part in ("train", "validation", "test")}
+        parts = {
+            part: {row.prompt for row in load(folder / f"{part}.jsonl")} for part in ("train", "validation", "test")
+        }
         rows = load(objects / kept[:2] / kept)
         assert len(rows) == 40 and {row.prompt for row in rows} <= parts["train"]
         assert not {row.prompt for row in rows} & (parts["validation"] | parts["test"])
-        assert {label: sum(row.label == label for row in rows) for label in {row.label for row in rows}} == dict.fromkeys(
-            {row.label for row in rows}, 10
-        )
+        assert {
+            label: sum(row.label == label for row in rows) for label in {row.label for row in rows}
+        } == dict.fromkeys({row.label for row in rows}, 10)
 
 
 def test_everything_that_happened_is_in_the_audit_trail_in_one_unbroken_chain(taught):
@@ -314,7 +326,9 @@ def test_after_a_restart_the_same_job_is_found_again_and_goes_on_from_the_last_c
     assert after["status"] == "done" and len(after["runs"]) == 1 and after["attempts"] == 2
     assert interrupted.started[2]["step"] == interrupted.committed > interrupted.started[1]["step"]
     actions = [e["action"] for e in reversed(interrupted.app.get("/api/audit?limit=1000"))]
-    assert actions.count("job.claimed") == actions.count("job.taken_over") == actions.count("version.registered") - 1 == 1
+    assert (
+        actions.count("job.claimed") == actions.count("job.taken_over") == actions.count("version.registered") - 1 == 1
+    )
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_nobody_touched(interrupted, taught):
@@ -354,4 +368,6 @@ def test_the_guard_sees_who_reaches_out(guard, tmp_path):
 def test_no_outside_host_was_contacted_by_any_process(taught, interrupted, guard):
     outside = guard / "outside.txt"
     assert not outside.exists(), outside.read_text()
-    assert len(list(guard.glob("process-*"))) >= 3 + 6 + 3, "the apps, their training children and hosts were all guarded"
+    assert len(list(guard.glob("process-*"))) >= 3 + 6 + 3, (
+        "the apps, their training children and hosts were all guarded"
+    )

@@ -331,7 +331,7 @@ def test_auto_takes_llama_cpp_where_it_can_and_says_why_not(folder, monkeypatch)
 
 # --- the router, over hosts that only echo ---------------------------------------------------------------------------
 
-STUB = r'''
+STUB = r"""
 import json, os, sys, threading, time, http.server
 order = json.load(open(sys.argv[1]))
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
@@ -354,7 +354,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
 port = server.server_address[1]
 print("\x1e" + json.dumps({"kind": "ready", "port": port, "backend": order["backend"], "seconds": 0.0}), flush=True)
 server.serve_forever()
-'''
+"""
 
 
 class Echoes:
@@ -629,9 +629,7 @@ def test_a_killed_host_fails_one_request_and_answers_the_next(client, house):
 
     house.router.warm("v0")
     pid = next(row["pid"] for row in house.router.status() if row["version"] == "v0")
-    stream = client.chat.completions.create(
-        model="v0", messages=HELLO, max_tokens=1900, stream=True
-    )
+    stream = client.chat.completions.create(model="v0", messages=HELLO, max_tokens=1900, stream=True)
     next(stream)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(openai.APIError, match="v0 ended while it answered"):

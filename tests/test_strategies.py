@@ -18,7 +18,7 @@ from clm_app.catalog import pick, shelf
 from clm_app.data.rows import Row, dump, load
 from clm_app.data.template import load_tokenizer
 from clm_app.engine import checkpoints
-from clm_app.engine.batches import Encoded, batches
+from clm_app.engine.batches import Encoded, batches, tensors
 from clm_app.engine.loop import Meter, share_of_peak
 from clm_app.engine.measure import outcomes
 from clm_app.engine.settings import TrainingSettings
@@ -355,10 +355,9 @@ def turn_clip(*tools):
 
 def turn_prompt_dropout(*tools):
     none, much = turned(*tools, "prompt_dropout", 0.0, 0.5)
-    tokens = [sum(s.tokens for s in seen.steps) for seen in (none, much)]
-    assert 0.5 * tokens[0] < tokens[1] < 0.9 * tokens[0]
-    own, _ = turned(*tools, "prompt_dropout", None, 0.1)
-    assert sum(s.tokens for s in own.steps) < tokens[0], "a model this small hides some by itself"
+    own, little = turned(*tools, "prompt_dropout", None, 0.1)
+    first = [seen.steps[0].loss for seen in (none, much, own, little)]
+    assert len(set(first[:3])) == 3 and first[2] == first[3], "a model this small hides a tenth by itself"
 
 
 def turn_max_tokens(*tools):
@@ -433,6 +432,17 @@ def test_a_pass_has_every_row_once_in_batches_of_like_length(tokenizer):
     spread = [max(map(length, b)) - min(map(length, b)) for b in found]
     assert sum(spread) / len(spread) < 12, "padding stays small"
     assert found == batches(rows, encoded, 8, random.Random(1)) != batches(rows, encoded, 8, random.Random(2))
+
+
+def test_hidden_prompt_tokens_are_a_share_of_the_prompts_and_never_of_the_answers(tokenizer):
+    rows, encoded = [Row(prompt="word " * n, response="stop here") for n in (20, 40, 60)], Encoded(tokenizer, 512)
+    whole, hidden = (tensors(rows, encoded, torch.device("cpu"), share) for share in (0.0, 0.3))
+    answer = len(encoded(rows[0])[1])
+    assert torch.equal(whole["attention_mask"][:, -answer - 1 :], hidden["attention_mask"][:, -answer - 1 :])
+    assert (hidden["attention_mask"] <= whole["attention_mask"]).all()
+    prompts = whole["attention_mask"][:, : -answer - 1].sum()
+    assert 0.2 < 1 - hidden["attention_mask"][:, : -answer - 1].sum() / prompts < 0.4
+    assert all(torch.equal(whole[name], hidden[name]) for name in ("input_ids", "position_ids", "labels"))
 
 
 def test_a_row_that_is_too_long_loses_the_start_of_its_prompt_and_keeps_its_answer(tokenizer):

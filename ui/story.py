@@ -99,7 +99,11 @@ def learn(door: Door, wish: dict[str, Any], console: Console) -> dict[str, Any]:
 
 def wish_for(stream: list[streams.TaskSource], chosen: dict[str, Any]) -> dict[str, Any]:
     """Return a learn wish over a stream, with only those knobs set that the person chose."""
-    training = {name: chosen[name] for name in ("epochs", "seed", "learning_rate") if chosen.get(name) is not None}
+    training = {
+        name: chosen[name]
+        for name in ("epochs", "seed", "learning_rate", "least_steps")
+        if chosen.get(name) is not None
+    }
     wish: dict[str, Any] = {"stream": [source.model_dump() for source in stream], "training": training}
     wish |= {name: chosen[name] for name in ("strategy", "method") if chosen.get(name)}
     return wish | {"compare_naive": bool(chosen.get("naive"))}
@@ -123,7 +127,7 @@ def demo(
     streams.write_shuffled(source, shuffled, Settings(home=home))
     console.print(f"One more task with its answers shuffled, and a learning rate of {BAD_RATE:g}, far too high.")
     bad = [streams.TaskSource(name="Bad update", path=str(shuffled))]
-    knobs = chosen | {"naive": False, "learning_rate": BAD_RATE, "epochs": 2}
+    knobs = chosen | {"naive": False, "learning_rate": BAD_RATE, "epochs": 0.5, "least_steps": 20}
     learn(door, wish_for(bad, knobs), console)
     after = door.live()
     if after != live:

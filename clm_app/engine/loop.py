@@ -124,7 +124,6 @@ class Engine:
             rng = random.Random(f"{self.knobs.seed}/{number}")
             mixed = self.strategy.mix(self.new, self.kept, rng)
             self._rehearsed = {s: sum(1 for source, _ in mixed if source == s) for s in self.kept}
-            self._mix_rows = len(mixed)
             self._epochs = {number: batches([row for _, row in mixed], self.encoded, self.knobs.batch_rows, rng)}
         return self._epochs[number]
 
@@ -141,9 +140,8 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Steps in the whole run; rehearsal comes on top of what the new rows are owed."""
-        a_pass = self.steps_per_epoch  # a strategy's mix has as many rows in every pass
-        return math.ceil(max(self.knobs.least_steps * self._mix_rows / len(self.new), self.knobs.epochs * a_pass))
+        """Steps in the whole run."""
+        return max(self.knobs.least_steps, math.ceil(self.knobs.epochs * self.steps_per_epoch))
 
     @property
     def peak(self) -> float:

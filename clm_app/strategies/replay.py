@@ -34,7 +34,8 @@ class Replay(Strategy):
     def mix(self, new: list[Row], kept: dict[str, list[Row]], rng: random.Random) -> list[tuple[str, Row]]:
         """Return the new rows once, and so many kept rows that they are `share` of the whole, spread evenly."""
         sources = [source for source in sorted(kept) if kept[source]]
-        wanted = round(len(new) * self.settings.share / (1 - self.settings.share)) if sources else 0
+        share = self.settings.share
+        wanted = round(len(new) * share / (1 - share)) if sources else 0
         rows = [("new", row) for row in new]
         for index, source in enumerate(sources):
             count = wanted // len(sources) + (index < wanted % len(sources))

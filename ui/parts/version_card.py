@@ -23,9 +23,7 @@ def version_card(workspace: Workspace, version: Version, live_id: int) -> str:
 
 
 def _decision(told: dict[str, Any]) -> str:
-    return "".join(
-        f'<p class="clm-why">The gate: {safe(d["sentence"])}</p>' for d in told["decisions"]
-    )
+    return "".join(f'<p class="clm-why">The gate: {safe(d["sentence"])}</p>' for d in told["decisions"])
 
 
 def _facts(told: dict[str, Any]) -> str:
