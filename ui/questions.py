@@ -46,13 +46,22 @@ def job_in_view(workspace: Workspace, chosen: int | None = None) -> Job | None:
         return running[0] if running else session.exec(select(Job).order_by(Job.id.desc())).first()
 
 
-def newest_job_with_a_matrix(workspace: Workspace) -> Job | None:
-    """Return the newest job with something measured, or None."""
+def job_of_the_live_version(workspace: Workspace) -> Job | None:
+    """Return the job that made the live version; before the first promotion the newest with something measured."""
+    live = versions.live(workspace)
     with workspace.read() as session:
+        made = session.get(Run, live.run_id) if live.run_id else None
         ids = session.exec(
             select(Run.job_id).join(Version, Version.run_id == Run.id).distinct().order_by(Run.job_id.desc())
         ).all()
-    return next((job(workspace, i) for i in ids if retention(workspace, i)), None)
+    return next((job(workspace, i) for i in ([made.job_id] if made else ids) if retention(workspace, i)), None)
+
+
+def refused_runs(workspace: Workspace, job_id: int) -> set[int]:
+    """Return the ids of the job's runs whose version the gate refused."""
+    with workspace.read() as session:
+        found = select(Run.id).join(Version, Version.run_id == Run.id)
+        return set(session.exec(found.where(Run.job_id == job_id, Version.state == "refused")).all())
 
 
 def runs_of(workspace: Workspace, job_id: int) -> list[tuple[Run, str]]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from clm_app.workspace import Workspace
-from store.tables import Job, Run
+from store.tables import Job
 from store.tables.work import ENDED
 from ui import questions
 from ui.parts.words import ago, chip, count, notice, percent, safe, span
 
-STATES = {"done": "learned", "running": "learning now", "failed": "failed", "cancelled": "cancelled"}
+STATES = {
+    "done": "learned",
+    "refused": "refused",
+    "running": "learning now",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
 
 
 def job_card(workspace: Workspace, job: Job) -> str:
@@ -27,16 +33,17 @@ def stream_line(workspace: Workspace, job: Job) -> str:
     """Return the tasks of the stream in order, each with how far it is; one line per track."""
     names = [source["name"] for source in job.wish.get("stream", [])]
     runs = [run for run, _ in questions.runs_of(workspace, job.id)]
+    refused = questions.refused_runs(workspace, job.id)
     tracks = sorted({run.track for run in runs} | {"main"}, key=lambda t: (t != "main", t))
-    return "".join(_track(track, names, {r.position: r for r in runs if r.track == track}, job) for track in tracks)
+    states = {(r.track, r.position): "refused" if r.id in refused else r.status for r in runs}
+    return "".join(_track(track, names, states, job) for track in tracks)
 
 
-def _track(track: str, names: list[str], runs: dict[int, Run], job: Job) -> str:
+def _track(track: str, names: list[str], states: dict[tuple[str, int], str], job: Job) -> str:
     label = "stream" if track == "main" else track
     items = ""
     for position, name in enumerate(names):
-        run = runs.get(position)
-        status = run.status if run else "asked"
+        status = states.get((track, position), "asked")
         said = STATES.get(status, "not begun" if job.status in ENDED else "waiting")
         current = ' aria-current="step"' if status == "running" else ""
         items += f'<li class="clm-step-{safe(status)}"{current}>{safe(name)}<small>{said}</small></li>'

@@ -61,7 +61,7 @@ class Home(Tab):
         return card("Running", job_card(self.workspace, job))
 
     def _kept(self) -> str:
-        job = questions.newest_job_with_a_matrix(self.workspace)
+        job = questions.job_of_the_live_version(self.workspace)
         if job is None:
             return card("What was kept", '<p class="clm-quiet">Nothing is measured yet. After each task, every task is '
                                          "tested again, and what was kept is shown here.</p>")  # fmt: skip
