@@ -154,8 +154,10 @@ def parent_adapter(tiny_model, tmp_path_factory) -> Path:
 
     torch.manual_seed(4)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    rank = pick("clm_app.methods", "lora").Settings().rank
-    config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    knobs = pick("clm_app.methods", "lora").Settings()
+    config = LoraConfig(
+        r=knobs.rank, lora_alpha=knobs.alpha, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )  # fmt: skip
     out = tmp_path_factory.mktemp("adapter")
     get_peft_model(base, config).save_pretrained(out)
     return out
@@ -231,6 +233,11 @@ def test_full_trains_every_weight_and_leaves_no_adapter(order_for, train, tiny_m
     assert seen.weights.keys() == base.keys() and not any(torch.equal(seen.weights[n], base[n]) for n in base)
     started = next(e for e in seen.events if e.kind == "started")
     assert started.trained_parameters == started.parameters == sum(t.numel() for t in base.values())
+
+
+def test_lora_refuses_a_strength_that_its_parent_has_not(order_for, train, parent_adapter):
+    with pytest.raises(BadSettings, match=r"alpha is 3, but the parent's adapter has alpha (\d+) .* Choose alpha \1"):
+        train(order_for(method="lora", adapter=parent_adapter, method_settings={"alpha": 3}))
 
 
 def test_lora_refuses_a_rank_that_its_parent_has_not(order_for, train, parent_adapter):

@@ -43,19 +43,23 @@ class Lora(Method):
         """Return the base under a fresh adapter, or under the parent's, which is trained on.
 
         Raises:
-            BadSettings: the parent's adapter has another rank.
+            BadSettings: the parent's adapter has another rank or alpha.
         """
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
         if adapter is not None:
-            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-            found = model.peft_config["default"].r
-            if found != self.settings.rank:
-                raise BadSettings(
-                    f"rank is {self.settings.rank}, but the parent's adapter has rank {found} and is trained on. "
-                    f"Choose rank {found}, or method full, which merges the adapter first."
-                )
-            return model
+            config = PeftConfig.from_pretrained(adapter)
+            for knob, found in (("rank", config.r), ("alpha", config.lora_alpha)):
+                if found != getattr(self.settings, knob):
+                    raise BadSettings(
+                        f"{knob} is {getattr(self.settings, knob):g}, but the parent's adapter has {knob} {found:g} and is "
+                        f"trained on. Choose {knob} {found:g}, or method full, which merges the adapter first."
+                    )
+            config.lora_dropout, config.inference_mode = (
+                self.settings.dropout,
+                False,
+            )  # dropout may change from run to run
+            return PeftModel.from_pretrained(base, adapter, config=config, is_trainable=True)
         return get_peft_model(
             base,
             LoraConfig(
