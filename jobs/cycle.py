@@ -138,7 +138,9 @@ class Cycle:
             return Order.model_validate_json(file.read_text(encoding="utf-8"))
         with self.workspace.read() as session:
             parent = session.get_one(Version, run.parent_version_id)
-            past = [(s, t) for s, t in lineage(session, parent) if s.task_id != taken.task_id]
+            known = lineage(session, parent)
+            known += self.refused_before(session, run, {s.task_id for s, _ in known})
+            past = [(s, t) for s, t in known if s.task_id != taken.task_id]
             seen = [*past, (taken, session.get_one(Task, taken.task_id))]
             unmeasured = [] if run.track != MAIN else [
                 (s, t) for s, t in seen if measurement(session, parent.id, s.id) is None
@@ -161,6 +163,17 @@ class Cycle:
         draft.write_text(order.model_dump_json(indent=1), encoding="utf-8")
         draft.replace(file)
         return order
+
+    def refused_before(self, session: Session, run: Run, known: set[int]) -> list[tuple[Snapshot, Task]]:
+        """Return the tasks of this stream that were tried and refused: they are measured all the same, as not known."""
+        runs = session.exec(
+            select(Run).where(Run.job_id == run.job_id, Run.track == run.track, Run.position < run.position)
+            .order_by(Run.position)
+        ).all()  # fmt: skip
+        return [
+            (session.get_one(Snapshot, r.snapshot_id), session.get_one(Task, r.task_id))
+            for r in runs if r.task_id not in known
+        ]  # fmt: skip
 
     def train(self, run: Run, order: Order, number: int) -> None:
         """Run the child until its result is there, starting it again where it was killed.

@@ -242,6 +242,20 @@ def test_a_bad_update_is_refused_in_one_sentence_and_the_live_version_stays(taug
     assert len(app.get("/api/deployments")) == 4
 
 
+def test_a_refused_task_of_the_stream_is_measured_with_every_later_version(taught, stream, tmp_path):
+    app, _ = taught
+    rows = [{"prompt": f"number {i}", "response": str(i * 7919 % 1000)} for i in range(100)]  # nothing to learn in it
+    (tmp_path / "noise.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    noise = {"name": "Noise", "path": str(tmp_path / "noise.jsonl")}
+    job = app.learn(
+        stream=[noise, stream[1]], training=KNOBS | {"epochs": 10}, start_from="v0", **WISH | {"deploy": False}
+    )
+    story = app.follow(job["id"])
+    assert [d["verdict"] for d in story["decisions"]] == ["hold", "promote"], story["decisions"]
+    assert None not in story["matrices"]["main"]["values"][1], "what was refused counts, or the average would flatter"
+    assert len(app.get("/api/deployments")) == 4, "deploy was not asked for"
+
+
 def test_a_job_is_cancelled_before_it_begins_or_while_it_trains_and_leaves_no_child(taught, stream):
     app, _ = taught
     long = KNOBS | {"epochs": 100}

@@ -17,8 +17,8 @@ class Full(Method):
     title = "Full (every weight)"
 
     def learning_rate(self, hidden_size: int) -> float:
-        """Return 3e-5 at width 4096 and more for narrower models (LOG.md, "Training defaults": 1.9e-3 at 256)."""
-        return 3e-5 * (4096 / hidden_size) ** 1.5
+        """Return 1.6e-5 at width 4096 and more for narrower models (LOG.md, "Training defaults": 1e-3 at 256)."""
+        return 1.6e-5 * (4096 / hidden_size) ** 1.5
 
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the base with the parent's adapter merged in."""
