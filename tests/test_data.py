@@ -453,3 +453,10 @@ def test_clinc150_keeps_its_published_parts(tmp_path):
     published = [json.loads(line) for line in Path(stream[0].path).read_text(encoding="utf-8").splitlines()]
     for part, said in (("train", "train"), ("validation", "val"), ("test", "test")):
         assert prompts(parts[part]) <= {row["prompt"].lower().strip() for row in published if row["split"] == said}
+
+
+def test_rows_whose_answers_all_differ_are_split_like_any_others():
+    rows = [(Row(prompt=f"question {i}", response=f"answer {i}"), None) for i in range(100)]
+    assert {part: len(found) for part, found in split(rows, 0).items()} == {
+        "train": 70, "validation": 15, "test": 15,
+    }  # fmt: skip

@@ -105,6 +105,8 @@ def split(rows: list[tuple[Row, str | None]], seed: int) -> dict[str, list[Row]]
     by_label: dict[str, list[list[Row]]] = defaultdict(list)
     for group in by_prompt.values():
         by_label[group[0].label].append(group)
+    alone = [label for label, groups in by_label.items() if len(groups) == 1]
+    by_label[""] = [group for label in alone for group in by_label.pop(label)]  # answers that occur once: split as one
     parts["train"] = []
     rng = random.Random(seed)
     owed = dict.fromkeys(wanted, 0.0)  # carried from label to label, so that many small labels still fill every part
@@ -125,7 +127,7 @@ def split(rows: list[tuple[Row, str | None]], seed: int) -> dict[str, list[Row]]
 
 
 def _filled(parts: dict[str, list[Row]], rng: random.Random) -> dict[str, list[Row]]:
-    """Give an empty part rows from training; happens where every label has one prompt."""
+    """Give an empty part rows from training; happens where there are few prompts."""
     for part in SHARES:
         if not parts[part]:
             rng.shuffle(parts["train"])
