@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--domain", default="banking", help="the domain to learn")
     parser.add_argument("--all", action="store_true", help="every domain, each from the starter")
     parser.add_argument("--method", default="lora", help="way to tune")
+    parser.add_argument("--epochs", type=float, default=6.0, help="passes (LOG.md, \"Training defaults\": lora wants six)")
     options = parser.parse_args()
     cache = report.WORK / "rows"
     sources = stream_from(report.clinc150(options.data), None, cache)
@@ -57,7 +58,9 @@ def main() -> None:
     if not sources:
         raise BadSettings(f"{options.domain!r} is not among the domains: {', '.join(names)}. Choose one of these.")
     report.console.print(report.machine())
-    knobs = {"epochs": QUICK["epochs"], "least_steps": QUICK["least_steps"]} if options.quick else {}
+    knobs = {"epochs": options.epochs}
+    if options.quick:
+        knobs = {"epochs": QUICK["epochs"], "least_steps": QUICK["least_steps"]}
     found = []
     for task in learnable(sources, cache, QUICK["rows_per_label"] if options.quick else None):
         for seed in options.seeds:
