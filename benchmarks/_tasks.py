@@ -81,7 +81,8 @@ def order(
     """Return the order of one run over the starter, or over weights that an earlier run wrote."""
     return Order(
         folder=folder, base=weights if weights_kind == "full" else STARTER,
-        adapter=weights if weights_kind == "adapter" else None, rows=rows, kept=kept or {}, strategy=strategy,
+        adapter=weights if weights_kind in ("adapter", "routed") else None, root=STARTER,
+        rows=rows, kept=kept or {}, strategy=strategy,
         strategy_settings={}, method=method, method_settings={}, training=training, before=[], after=list(after),
         threads=Settings().threads,
     )  # fmt: skip

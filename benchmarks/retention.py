@@ -1,165 +1,218 @@
-"""Does the stream stay known? CLINC150's domains learned one by one: naive, replay (the product's default), and joint.
+"""Does the stream stay known? Domains learned one by one, with every way against forgetting, and all at once (joint).
 
-Each task is trained from the weights after the one before, by the product's own engine, and every task's TEST part is
-measured after each. Joint sees all rows at once, each as often as in a stream: what is lost to learning in order shows
-against it. Figures: Lopez-Paz and Ranzato 2017 (arXiv:1706.08840); forgetting: Chaudhry et al. 2018 (arXiv:1801.10112).
+Each task is trained from the weights after the one before, by the product's own engine with its defaults, and the TEST
+part of every task seen is measured after each. An arm is a strategy, written `strategy@share:method`: "replay@0.05"
+keeps 5 % of the rows of each past task, "naive:full" tunes every weight. Joint sees all rows at once: what is lost to
+learning in order shows against it. Figures: clm_app/judging/matrix.py, which names their sources.
 
-A finished cell is one line of the work file, so a run that was cut off goes on where it stopped.
+A finished cell is one line of a file per arm and order, so a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import _report as report  # before torch: sets the app's environment
 from benchmarks._tasks import DEFAULT_STRATEGY, Learnable, default_method, learnable, order, together
-from clm_app.catalog import pick
-from clm_app.data.streams import stream_from
-from clm_app.engine.loop import Engine
+from clm_app.data.streams import TaskSource, stream_from
 from clm_app.engine.settings import TrainingSettings
-from clm_app.events import Trained
+from clm_app.errors import BadSettings
 from clm_app.judging.matrix import Matrix
 from clm_app.provenance import code_version
 from clm_app.registry.versions import STARTER
+from clm_app.strategies._base import Situation
+from clm_app.strategies._combined import choose, made, part_of
 from store.objects import file_digest
 
-JOINT = "joint"
+JOINT, NAIVE = "joint", "naive"
 QUICK = {"tasks": 2, "rows_per_label": 15, "epochs": 3.0, "least_steps": 1}
+SHARE_KNOBS = ("rows_share", "rows_per_task")  # how a strategy is told how much of a past task it may keep
+PALETTE = ("#0f766e", "#c2410c", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#0e7490", "#475569", "#9d174d")
+
+
+class Arm(NamedTuple):
+    """One way to learn the stream. share: of a past task's rows that may be kept, None where that is the strategy's own."""
+
+    text: str
+    strategy: str
+    share: float | None
+    method: str
+
+    @classmethod
+    def read(cls, text: str, method: str) -> Arm:
+        """Read "strategy@share:method"; share and method may be left out."""
+        name, _, own = text.partition(":")
+        strategy, _, share = name.partition("@")
+        return cls(text, strategy, float(share) if share else None, own or method)
+
+    def settings(self, strategy: str, rows: int) -> dict:
+        """Return the settings that give this arm its share of `rows`, each strategy of a combination its own.
+
+        Raises:
+            BadSettings: a share was given to a strategy that keeps no rows.
+        """
+        if self.share is None:
+            return {}
+        parts = strategy.split("+")
+        found = {part: self._share_of(part, rows) for part in parts}
+        if not any(found.values()):
+            raise BadSettings(f"{strategy} keeps no rows, so {self.text!r} asks for what it cannot do. Leave out @.")
+        return found if len(parts) > 1 else found[strategy]
+
+    def _share_of(self, part: str, rows: int) -> dict:
+        knob = next((k for k in SHARE_KNOBS if k in part_of(part).Settings.model_fields), None)
+        return {} if knob is None else {knob: self.share if knob == "rows_share" else max(1, round(self.share * rows))}
 
 
 class Cell(NamedTuple):
-    """One finished training and its measurements. scores: {task name: exact match on TEST, 0..1}, unseen tasks too."""
+    """One finished training and its measurements. scores: {task: exact match on TEST, 0..1} of tasks seen and the next."""
 
-    key: str
-    arm: str
-    seed: int
     position: int
     task: str
+    strategy: str
     scores: dict[str, float]
-    figures: dict
+    seconds: float
     cpu_seconds: float
+    kept_bytes: int
+    weights_bytes: int
+    figures: dict
     code: str
 
 
-class Bench:
-    """The plan of a run: which tasks, in which arms, over which seeds; and the cells that are done."""
+class Stream:
+    """One arm over one order of the tasks, in a folder of its own."""
 
-    def __init__(self, options, tasks: list[Learnable], training: TrainingSettings) -> None:
-        self.options, self.tasks, self.training = options, tasks, training
-        self.arms = ["naive", options.strategy]
-        self.key = self._key()
-        self.folder = options.work.with_suffix("") / self.key
-        self.done = self._read()
+    def __init__(self, arm: Arm, seed: int, tasks: list[Learnable], training: TrainingSettings, root: Path) -> None:
+        self.arm, self.seed, self.training = arm, seed, training.model_copy(update={"seed": seed})
+        start = seed * max(1, len(tasks) // 3) % len(tasks)  # each seed begins a third of the stream further on
+        self.tasks = tasks[start:] + tasks[:start]
+        self.folder = root / self._key() / f"{arm.text.replace(':', '-')}-{seed}"
+        self.lines = self.folder / "cells.jsonl"
+        self.cells = self._read()
 
     def _key(self) -> str:
         """Return twelve digits over everything that decides a cell but the code, which each line names itself."""
-        knobs = {
-            "training": self.training.model_dump(exclude={"seed"}), "method": self.options.method,
-            "settings": [
-                pick(f"clm_app.{shelf}", name).Settings().model_dump()
-                for shelf, name in (("methods", self.options.method), ("strategies", self.options.strategy))
-            ],
-            "strategy": self.options.strategy, "model": file_digest(STARTER / "model.safetensors"),
-            "tasks": [(t.name, file_digest(t.file("train")), file_digest(t.file("test"))) for t in self.tasks],
-        }  # fmt: skip
+        knobs = [
+            self.training.model_dump(exclude={"seed"}), file_digest(STARTER / "model.safetensors"),
+            [(t.name, file_digest(t.file("train")), file_digest(t.file("test"))) for t in self.tasks],
+        ]  # fmt: skip
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
 
-    def _read(self) -> dict[tuple[str, int, int], Cell]:
-        if not self.options.work.exists():
-            return {}
-        whole, _, cut_off = self.options.work.read_text(encoding="utf-8").rpartition("\n")
-        if cut_off:  # the power failed within a line
-            self.options.work.write_text(whole + "\n" if whole else "", encoding="utf-8")
-        cells = [Cell(**json.loads(line)) for line in whole.splitlines()]
-        return {(c.arm, c.seed, c.position): c for c in cells if c.key == self.key}
+    def _read(self) -> list[Cell]:
+        if not self.lines.exists():
+            return []
+        whole, _, _ = self.lines.read_text(encoding="utf-8").rpartition("\n")  # a cut-off last line is no cell
+        return [Cell(**json.loads(line)) for line in whole.splitlines()]
 
-    def ordered(self, seed: int) -> list[Learnable]:
-        """Return the tasks in the order of this seed: each seed begins a third of the stream further on."""
-        start = seed * max(1, len(self.tasks) // 3) % len(self.tasks)
-        return self.tasks[start:] + self.tasks[:start]
+    @property
+    def is_done(self) -> bool:
+        """Say whether nothing is left to do."""
+        return len(self.cells) == (1 if self.arm.strategy == JOINT else len(self.tasks))
 
     def go(self) -> None:
-        """Do every cell that is not done, one seed after the other."""
-        for seed in self.options.seeds:
-            for arm in self.arms:
-                self.stream(arm, seed)
-            self.joint(seed)
-
-    def stream(self, arm: str, seed: int) -> None:
-        """Learn the tasks one after the other from where the work file ends."""
-        tasks, place = self.ordered(seed), self.folder / f"{arm}-{seed}"
-        kind = pick("clm_app.methods", self.options.method).weights_kind
-        first = next((i for i in range(len(tasks)) if (arm, seed, i) not in self.done), len(tasks))
-        if 0 < first < len(tasks) and not (place / str(first - 1) / "weights").exists():
-            first = 0  # the lines were kept and the weights were not: they cannot be gone on from
-        for position in range(first, len(tasks)):
-            task, folder, before = tasks[position], place / str(position), place / str(position - 1)
-            kept = {str(t.number): place / str(i) / "kept.jsonl" for i, t in enumerate(tasks[:position])}
-            self.cell(arm, seed, position, task.name, order(
-                folder, task.file("train"), self.training.model_copy(update={"seed": seed}), strategy=arm,
-                method=self.options.method, weights=before / "weights" if position else None,
-                weights_kind=kind if position else "", after=[t.exam("test") for t in self.tasks],
-                kept={number: file for number, file in kept.items() if file.exists()},
+        """Do what is missing."""
+        if self.is_done:
+            return
+        if self.cells and not (self._place(len(self.cells) - 1) / "weights").exists():
+            self.cells = []  # the lines were kept and the weights were not: they cannot be gone on from
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lines.write_text("".join(json.dumps(c._asdict()) + "\n" for c in self.cells), encoding="utf-8")
+        if self.arm.strategy == JOINT:
+            rows = together(self.tasks, self.folder / "rows.jsonl")
+            self.cell(0, "all", NAIVE, order(
+                self._place(0), rows, self.training, method=self.arm.method, after=[t.exam("test") for t in self.tasks]
             ))  # fmt: skip
-            shutil.rmtree(before / "weights", ignore_errors=True)
+            return
+        for position in range(len(self.cells), len(self.tasks)):
+            self.step(position)
 
-    def joint(self, seed: int) -> None:
-        """Learn all tasks in one training of as many passes."""
-        if (JOINT, seed, 0) not in self.done:
-            place = self.folder / f"{JOINT}-{seed}"
-            self.cell(JOINT, seed, 0, "all", order(
-                place, together(self.ordered(seed), place / "rows.jsonl"), method=self.options.method,
-                training=self.training.model_copy(update={"seed": seed}), after=[t.exam("test") for t in self.tasks],
-            ))  # fmt: skip
+    def step(self, position: int) -> None:
+        """Learn one task from the weights of the one before."""
+        task, before, past = self.tasks[position], self._place(position - 1), self.tasks[:position]
+        kind = json.loads((before / "kind.json").read_text()) if position else "base"
+        rows = len(task.file("train").read_text(encoding="utf-8").splitlines())
+        wanted = self.arm.settings(self.arm.strategy, rows)
+        situation = Situation(kind, 0, position, rows, self.arm.method)
+        strategy, settings, _ = choose(self.arm.strategy, wanted, situation)
+        kept = {str(t.number): self._place(i) / "kept.jsonl" for i, t in enumerate(past)}
+        kept = {number: file for number, file in kept.items() if file.exists()}
+        seen = [*past, task, *self.tasks[position + 1 : position + 2]]  # the next one too, for forward transfer
+        way = made(strategy, settings, self.seed)
+        asked = order(
+            self._place(position), task.file("train"), self.training, strategy=strategy, method=self.arm.method,
+            weights=before / "weights" if position else None, weights_kind=kind if position else "", kept=kept,
+            after=[task.exam("validation"), *(t.exam("test") for t in seen)],
+        ).model_copy(update={
+            "strategy_settings": settings, "task": task.name,
+            "kept_tasks": {str(t.number): t.name for t in past if str(t.number) in kept},
+            "state": before / "state" if (before / "state").is_dir() and any((before / "state").iterdir()) else None,
+            "held_out": {str(t.number): t.file("validation") for t in past} if way.needs_held_out_rows else {},
+        })  # fmt: skip
+        self.cell(position, task.name, strategy, asked)
+        for spent in ("weights", "state"):
+            shutil.rmtree(before / spent, ignore_errors=True)
 
-    def cell(self, arm: str, seed: int, position: int, task: str, wanted) -> None:
+    def cell(self, position: int, task: str, strategy: str, asked) -> None:
         """Train and measure once, and add the line."""
-        shutil.rmtree(wanted.folder / "checkpoints", ignore_errors=True)  # half a cell would have half of its CPU time
-        cpu, began = time.process_time(), time.monotonic()
-        at_trained: list[float] = []
-        say = lambda event: at_trained.append(time.process_time()) if isinstance(event, Trained) else None  # noqa: E731
-        trained, measured = Engine(wanted, say).run()
+        from clm_app.engine.loop import Engine
+        from clm_app.events import Trained
+
+        shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)  # half a cell would have half of its time
+        at_trained: list[tuple[float, float]] = []
+        clock = lambda: (time.process_time(), time.monotonic())  # noqa: E731
+        say = lambda event: at_trained.append(clock()) if isinstance(event, Trained) else None  # noqa: E731
+        cpu, began = clock()
+        trained, measured = Engine(asked, say).run()
         names = {t.number: t.name for t in self.tasks}
         cell = Cell(
-            self.key, arm, seed, position, task, {names[m.snapshot_id]: m.exact_match for m in measured}, trained.figures,
-            round(at_trained[0] - cpu, 2), code_version(),
+            position, task, strategy, {names[m.snapshot_id]: m.exact_match for m in measured if m.split == "test"},
+            round(at_trained[0][1] - began, 2), round(at_trained[0][0] - cpu, 2),
+            _bytes(asked.folder / "kept.jsonl") + _bytes(asked.folder / "state"), _bytes(asked.folder / "weights"),
+            trained.figures, code_version(),
         )  # fmt: skip
-        shutil.rmtree(wanted.folder / "checkpoints", ignore_errors=True)
-        self.options.work.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.options.work, "a", encoding="utf-8") as lines:
+        shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)
+        (asked.folder / "kind.json").write_text(json.dumps(trained.weights_kind))
+        with open(self.lines, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(cell._asdict()) + "\n")
-        self.done[arm, seed, position] = cell
-        report.console.print(
-            f"{arm:>7}, seed {seed}, {position + 1:2d} {task:<20} trained {trained.figures['seconds']:5.0f} s, "
-            f"all {time.monotonic() - began:5.0f} s, this task {cell.scores.get(task, mean(cell.scores.values())):.3f}"
-        )
+        self.cells.append(cell)
+        print(
+            f"{self.arm.text}, order {self.seed}, {position + 1:2d} {task:<20} trained {cell.seconds:5.0f} s, "
+            f"this task {cell.scores.get(task, mean(cell.scores.values())):.3f}, "
+            f"all seen {mean(v for n, v in cell.scores.items() if n in self._seen(position)):.3f}", flush=True,
+        )  # fmt: skip
+
+    def _seen(self, position: int) -> list[str]:
+        return [t.name for t in (self.tasks if self.arm.strategy == JOINT else self.tasks[: position + 1])]
+
+    def _place(self, position: int) -> Path:
+        return self.folder / str(position)
 
     # --- what comes of it ---------------------------------------------------------------------------------------------
 
-    def matrix(self, arm: str, seed: int) -> Matrix:
-        """Return the retention matrix of one stream, its rows and columns in the order learned."""
-        names = [t.name for t in self.ordered(seed)]
-        rows = [self.done[arm, seed, i].scores for i in range(len(names))]
-        return Matrix(tasks=names, versions=names, values=[[row[name] for name in names] for row in rows])
+    def matrix(self) -> Matrix:
+        """Return the retention matrix, its rows and columns in the order learned."""
+        names = [t.name for t in self.tasks]
+        values = [[cell.scores.get(name) for name in names] for cell in self.cells]
+        return Matrix(tasks=names, versions=names, values=values)
 
-    def summary(self, arm: str, seed: int) -> dict[str, float]:
-        """Return the figures of one stream or of joint."""
-        if arm == JOINT:
-            cells, figures = [self.done[JOINT, seed, 0]], {"accuracy": mean(self.done[JOINT, seed, 0].scores.values())}
-        else:
-            cells, made = [self.done[arm, seed, i] for i in range(len(self.tasks))], self.matrix(arm, seed)
-            figures = {
-                "accuracy": made.average_accuracy, "bwt": made.backward_transfer, "learned": made.just_learned,
-                "forgetting": forgetting(made),
-            }  # fmt: skip
-        return figures | {
-            "seconds": sum(c.figures["seconds"] for c in cells), "cpu_seconds": sum(c.cpu_seconds for c in cells),
-        }  # fmt: skip
+    def summary(self) -> dict[str, float]:
+        """Return the figures of this stream; accuracy and transfer as shares, times in seconds, sizes in bytes."""
+        times = {"seconds": sum(c.seconds for c in self.cells), "cpu_seconds": sum(c.cpu_seconds for c in self.cells)}
+        if self.arm.strategy == JOINT:
+            return {"accuracy": mean(self.cells[0].scores.values())} | times
+        found = self.matrix()
+        return {
+            "accuracy": found.average_accuracy, "learned": found.just_learned, "bwt": found.backward_transfer,
+            "forgetting": forgetting(found), "kept_kb": sum(c.kept_bytes for c in self.cells) / 1000,
+        } | times  # fmt: skip
 
 
 def mean(values) -> float:
@@ -168,10 +221,15 @@ def mean(values) -> float:
     return sum(found) / len(found)
 
 
+def _bytes(place: Path) -> int:
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def forgetting(made: Matrix) -> float:
-    """Return the mean, over all tasks but the last, of what each lost since its best moment; below 0 is gain."""
+    """Return the mean, over all tasks but the last, of what each lost since its best moment (see judging/matrix.py)."""
     count = len(made.tasks)
-    lost = [max(made.values[i][j] for i in range(j, count - 1)) - made.last[j] for j in range(count - 1)]
+    lost = [max(made.values[i][j] for i in range(j, count)) - made.last[j] for j in range(count - 1)]
     return mean(lost) if lost else 0.0
 
 
@@ -180,120 +238,129 @@ def curve(made: Matrix) -> list[float]:
     return [mean(row[: i + 1]) for i, row in enumerate(made.values)]
 
 
-def show(bench: Bench) -> list[report.Figure]:
-    """Print the tables and return the figures."""
-    seeds, ours = bench.options.seeds, bench.options.strategy
-    by_arm = {arm: [bench.summary(arm, seed) for seed in seeds] for arm in (*bench.arms, JOINT)}
-    names = {
-        "accuracy": "average accuracy", "bwt": "backward transfer", "learned": "just learned", "forgetting": "forgetting",
-        "seconds": "training s", "cpu_seconds": "CPU s",
-    }  # fmt: skip
-    rows = []
-    for arm, found in by_arm.items():
-        for seed, one in zip(seeds, found, strict=True):
-            rows.append([f"{arm}, seed {seed}", *(_cell(key, [one[key]]) if key in one else "" for key in names)])
-        if len(seeds) > 1:
-            rows.append([f"[bold]{arm}, mean ± 95 %[/]", *(
-                _cell(key, [one[key] for one in found]) if key in found[0] else "" for key in names
-            )])  # fmt: skip
+NAMES = {
+    "accuracy": "average accuracy", "learned": "just learned", "bwt": "backward transfer", "forgetting": "forgetting",
+    "seconds": "training s", "cpu_seconds": "CPU s", "kept_kb": "rows and state kept, kB",
+}  # fmt: skip
+
+
+def show(
+    streams: dict[tuple[str, int], Stream], arms: list[Arm], seeds: list[int], judged: bool
+) -> list[report.Figure]:
+    """Print the table and the main arms' matrices; return the figures."""
+    by_arm = {arm.text: [streams[arm.text, seed].summary() for seed in seeds] for arm in arms}
+    first = streams[arms[0].text, seeds[0]]
     report.table(
-        f"{len(bench.tasks)} tasks of CLINC150, exact match on TEST, {bench.options.method}",
-        ["", *names.values()],
-        rows,
-    )
-    for arm in bench.arms:
-        show_matrix(f"{arm}: mean over the seeds, tasks in the order learned", mean_matrix(bench, arm))
-    over = lambda arm, key: [one[key] for one in by_arm[arm]]  # noqa: E731
-    gap = lambda a, b, key: mean(x - y for x, y in zip(over(a, key), over(b, key), strict=True))  # noqa: E731
-    times = lambda key: mean(x / y for x, y in zip(over(ours, key), over("naive", key), strict=True))  # noqa: E731
-    judged = not bench.options.quick
-    figures = [
-        report.figure("naive backward transfer", mean(over("naive", "bwt")), at_most=-0.20, judged=judged),
-        report.figure(f"{ours} forgetting", mean(over(ours, "forgetting")), at_most=0.05, judged=judged),
-        report.figure(f"{ours} accuracy minus naive", gap(ours, "naive", "accuracy"), at_least=0.30, judged=judged),
-        report.figure(f"joint accuracy minus {ours}", gap(JOINT, ours, "accuracy"), at_most=0.05, judged=judged),
-        report.figure(f"{ours} training time, times naive", times("seconds")),
-        report.figure(f"{ours} CPU time, times naive", times("cpu_seconds")),
-    ]
+        f"{len(first.tasks)} tasks of CLINC150, exact match on TEST, {len(seeds)} orders, mean ± 95 % of the mean",
+        ["", *NAMES.values()],
+        [[arm, *(_text(key, [one[key] for one in found]) if key in found[0] else "" for key in NAMES)]
+         for arm, found in by_arm.items()],
+    )  # fmt: skip
+    figures = bars(by_arm, arms, judged) if {NAIVE, JOINT} <= {arm.strategy for arm in arms} else []
     for arm, found in by_arm.items():
-        for key in names:
+        for key, name in NAMES.items():
             if key in found[0]:
                 value, margin = report.interval([one[key] for one in found])
-                figures.append(report.figure(f"{arm} {names[key]}, mean", value))
+                figures.append(report.figure(f"{arm}: {name}", value))
                 if margin is not None:
-                    figures.append(report.figure(f"{arm} {names[key]}, half of its 95 % interval", margin))
+                    figures.append(report.figure(f"{arm}: {name}, half of its 95 % interval", margin))
     report.verdicts(figures)
-    codes = {cell.code for cell in bench.done.values() if cell.seed in seeds}
-    if len(codes) > 1:
-        report.console.print(f"[yellow]The cells come from {len(codes)} states of the code; --fresh does all again.[/]")
     return figures
 
 
-def _cell(key: str, values: list[float]) -> str:
-    return report.plus_minus(values, 0 if "seconds" in key else 3)
+def bars(by_arm: dict[str, list[dict]], arms: list[Arm], judged: bool) -> list[report.Figure]:
+    """Return what the default is held to, over the orders; naive and joint of the default's own method."""
+    ours = next((arm for arm in arms if arm.strategy == DEFAULT_STRATEGY), None)
+    if ours is None:
+        return []
+    of = lambda strategy: next(  # noqa: E731
+        by_arm[a.text] for a in sorted(arms, key=lambda a: a.method != ours.method) if a.strategy == strategy
+    )
+    gap = lambda a, b, key: mean(x[key] - y[key] for x, y in zip(a, b, strict=True))  # noqa: E731
+    own, naive, joint = by_arm[ours.text], of(NAIVE), of(JOINT)
+    times = mean(x["cpu_seconds"] / y["cpu_seconds"] for x, y in zip(own, naive, strict=True))
+    return [
+        report.figure("naive: backward transfer", mean(one["bwt"] for one in naive), at_most=-0.20, judged=judged),
+        report.figure(f"{ours.text}: forgetting", mean(o["forgetting"] for o in own), at_most=0.02, judged=judged),
+        report.figure(f"joint accuracy minus {ours.text}", gap(joint, own, "accuracy"), at_most=0.02, judged=judged),
+        report.figure(f"{ours.text}: CPU time of training over naive", times, at_most=1.35, judged=judged),
+        report.figure(f"naive just learned minus {ours.text}", gap(naive, own, "learned"), at_most=0.01, judged=judged),
+    ]
 
 
-def mean_matrix(bench: Bench, arm: str) -> list[list[float]]:
-    """Return the mean over the seeds, by place in the order learned: the tasks differ from seed to seed."""
-    found, count = [bench.matrix(arm, seed).values for seed in bench.options.seeds], len(bench.tasks)
-    return [[mean(values[i][j] for values in found) for j in range(count)] for i in range(count)]
+def _text(key: str, values: list[float]) -> str:
+    return report.plus_minus(values, 0 if key in ("seconds", "cpu_seconds", "kept_kb") else 3)
 
 
-def show_matrix(title: str, values: list[list[float]]) -> None:
-    """Print a matrix; what was not yet learned stands in brackets."""
-    report.table(title, ["after", *(str(j + 1) for j in range(len(values)))], [
-        [i + 1, *(f"{value:.2f}" if j <= i else f"({value:.2f})" for j, value in enumerate(row))]
-        for i, row in enumerate(values)
-    ])  # fmt: skip
-
-
-def plot(bench: Bench, file: Path) -> None:
-    """Draw accuracy over the tasks seen, and the mean matrices beside it."""
+def plot(streams: dict[tuple[str, int], Stream], arms: list[Arm], seeds: list[int], file: Path) -> None:
+    """Draw accuracy over the tasks seen, for every arm, and joint as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
-    colours = {"naive": "#c2410c", bench.options.strategy: "#0f766e"}
-    seeds, count = bench.options.seeds, len(bench.tasks)
-    figure, (left, *right) = pyplot.subplots(
-        1, 3, figsize=(13, 4.2), width_ratios=[1.35, 1, 1], layout="constrained", facecolor="white"
-    )
+    figure, axis = pyplot.subplots(figsize=(9, 4.8), layout="constrained", facecolor="white")
+    count, ends = len(streams[arms[0].text, seeds[0]].tasks), []
     places = range(1, count + 1)
-    for arm in bench.arms:
-        curves = [curve(bench.matrix(arm, seed)) for seed in seeds]
-        middle = [mean(c[i] for c in curves) for i in range(count)]
-        for one in curves:
-            left.plot(places, one, color=colours[arm], alpha=0.25, linewidth=1)
-        left.plot(places, middle, color=colours[arm], linewidth=2.2, marker="o", markersize=4)
-        left.annotate(arm, (count, middle[-1]), (6, 0), textcoords="offset points", color=colours[arm], va="center")
-    joint = mean(bench.summary(JOINT, seed)["accuracy"] for seed in seeds)
-    left.axhline(joint, color="#64748b", linewidth=1.2, linestyle=(0, (5, 4)), zorder=0)
-    left.annotate("joint: all tasks at once", (1, joint), (0, 5), textcoords="offset points", color="#64748b")
-    left.set(xlabel="tasks learned", ylim=(0, 1.06), xlim=(0.7, count + 0.12 * count), xticks=places)
-    left.set_title("Accuracy over the tasks seen", loc="left", fontsize=11)
-    left.spines[["top", "right"]].set_visible(False)
-    left.grid(axis="y", color="#e2e8f0", linewidth=0.8)
-    among = f" (mean of {len(seeds)} orders)" if len(seeds) > 1 else ""
-    for axis, arm in zip(right, bench.arms, strict=True):
-        values = mean_matrix(bench, arm)
-        seen = [[v if j <= i else float("nan") for j, v in enumerate(row)] for i, row in enumerate(values)]
-        axis.imshow(seen, vmin=0, vmax=1, cmap="YlGnBu")
-        for i, row in enumerate(values):
-            for j, value in enumerate(row[: i + 1]):
-                ink = "white" if value > 0.6 else "#1f2d38"
-                axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
-        axis.set(
-            xticks=range(count), xticklabels=places, yticks=range(count), yticklabels=places, xlabel="task measured"
+    for arm, colour in zip([arm for arm in arms if arm.strategy != JOINT], PALETTE * 3, strict=False):
+        curves = [curve(streams[arm.text, seed].matrix()) for seed in seeds]
+        middle = [mean(one[i] for one in curves) for i in range(count)]
+        axis.plot(
+            places,
+            middle,
+            color=colour,
+            linewidth=2.2 if arm.strategy == DEFAULT_STRATEGY else 1.4,
+            marker="o",
+            markersize=3,
         )
-        axis.set_title(f"{arm}: exact match on TEST, %{among}", loc="left", fontsize=11)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
-    right[0].set_ylabel("after learning task")
+        ends.append((middle[-1], arm.text, colour))
+    low = -1.0
+    for height, name, colour in sorted(ends):
+        low = max(height, low + 0.045)  # names do not lie on each other
+        axis.annotate(name, (count, height), (count + 0.25, low), color=colour, va="center", fontsize=9)
+    for arm in (arm for arm in arms if arm.strategy == JOINT):
+        height = mean(streams[arm.text, seed].summary()["accuracy"] for seed in seeds)
+        axis.axhline(height, color="#64748b", linewidth=1.1, linestyle=(0, (5, 4)), zorder=0)
+        axis.annotate(
+            f"{arm.text}: all tasks at once",
+            (1, height),
+            (0, 4),
+            textcoords="offset points",
+            color="#64748b",
+            fontsize=9,
+        )
+    axis.set(xlabel="tasks learned", ylim=(0, 1.05), xlim=(0.7, count * 1.3), xticks=places)
+    axis.set_title(f"Exact match on TEST over the tasks seen, mean of {len(seeds)} orders", loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e2e8f0", linewidth=0.8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
+    figure.savefig(file)
     pyplot.close(figure)
+
+
+def side_by_side(todo: list[Stream], workers: int, command: list[str]) -> None:
+    """Do several streams at a time, each in a process of its own with its share of the cores."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CLM_THREADS": str(threads)}
+    waiting, running = list(todo), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            one = waiting.pop(0)
+            arguments = [*command, "--arms", one.arm.text, "--seeds", str(one.seed), "--only"]
+            running.append(
+                subprocess.Popen([sys.executable, "-m", "benchmarks", "retention", *arguments], env=environment)
+            )
+        time.sleep(0.5)
+        for child in [c for c in running if c.poll() is not None]:
+            running.remove(child)
+            if child.returncode:
+                raise SystemExit(f"A stream ended with status {child.returncode}; its own words stand above.")
+
+
+def sources_of(options) -> list[TaskSource]:
+    """Return the stream that was asked for, its files made where they have to be."""
+    return stream_from(report.clinc150(options.data), options.tasks, report.WORK / "rows")
 
 
 def main() -> None:
@@ -301,37 +368,74 @@ def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--data", type=Path, default=report.CLINC150, help="folder of CLINC150")
     parser.add_argument("--tasks", type=int, default=10, help="domains learned, from the front")
-    parser.add_argument("--method", default=default_method(), help="way to tune")
-    parser.add_argument("--strategy", default=DEFAULT_STRATEGY, help="way against forgetting, beside naive")
-    parser.add_argument("--epochs", type=float, help="passes over each task's rows; empty takes the product's default")
-    parser.add_argument("--work", type=Path, default=report.WORK / "retention.jsonl", help="JSON lines, one per cell")
-    parser.add_argument("--fresh", action="store_true", help="do again what the work file has already")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw curves and matrices (.svg or .png)")
+    parser.add_argument(
+        "--arms", nargs="+", default=[NAIVE, "replay@0.05", DEFAULT_STRATEGY, JOINT], help="strategy@share:method"
+    )
+    parser.add_argument(
+        "--method", default="", help="way to tune of every arm that names none; empty: as for the default"
+    )
+    parser.add_argument("--rows-per-label", type=int, help="cut each task's training part to so many rows of a label")
+    parser.add_argument("--workers", type=int, default=1, help="streams at a time")
+    parser.add_argument("--only", action="store_true", help="do the streams and show nothing")
+    parser.add_argument("--work", type=Path, default=report.WORK / "retention", help="folder of what is done")
+    parser.add_argument("--fresh", action="store_true", help="do again what is done")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (.svg or .png)")
     options = parser.parse_args()
+    knobs = {}
     if options.quick:
-        options.tasks, options.seeds = QUICK["tasks"], options.seeds[:1]
+        options.tasks, options.seeds, options.rows_per_label = (
+            QUICK["tasks"],
+            options.seeds[:1],
+            QUICK["rows_per_label"],
+        )
+        knobs = {"epochs": QUICK["epochs"], "least_steps": QUICK["least_steps"]}
     if options.fresh:
-        options.work.unlink(missing_ok=True)
-        shutil.rmtree(options.work.with_suffix(""), ignore_errors=True)
-    cache = report.WORK / "rows"
-    sources = stream_from(report.clinc150(options.data), options.tasks, cache)
-    tasks = learnable(sources, cache, QUICK["rows_per_label"] if options.quick else None)
-    knobs = {"epochs": QUICK["epochs"], "least_steps": QUICK["least_steps"]} if options.quick else {}
-    if options.epochs:
-        knobs["epochs"] = options.epochs
-    bench = Bench(options, tasks, TrainingSettings(**knobs))
-    report.console.print(f"{report.machine()}; {len(bench.done)} cells are done already")
-    bench.go()
-    figures = show(bench)
+        shutil.rmtree(options.work, ignore_errors=True)
+    method = options.method or default_method()
+    arms = [Arm.read(text, method) for text in options.arms]
+    tasks = learnable(sources_of(options), report.WORK / "rows", options.rows_per_label)
+    streams = {
+        (arm.text, seed): Stream(arm, seed, tasks, TrainingSettings(**knobs), options.work)
+        for seed in options.seeds for arm in arms
+    }  # fmt: skip
+    todo = [stream for stream in streams.values() if not stream.is_done]
+    report.console.print(f"{report.machine()}; {len(todo)} of {len(streams)} streams are to do")
+    if options.workers > 1 and len(todo) > 1:
+        mine = [
+            "--data",
+            str(options.data),
+            "--tasks",
+            str(options.tasks),
+            "--work",
+            str(options.work),
+            "--method",
+            method,
+        ]
+        mine += ["--rows-per-label", str(options.rows_per_label)] * bool(options.rows_per_label) + [
+            "--quick"
+        ] * options.quick
+        side_by_side(todo, options.workers, mine)
+        streams = {
+            key: Stream(s.arm, s.seed, tasks, TrainingSettings(**knobs), options.work) for key, s in streams.items()
+        }
+    else:
+        for stream in todo:
+            stream.go()
+    if options.only:
+        return
+    figures = show(streams, arms, options.seeds, judged=not options.quick)
     if options.plot:
-        plot(bench, options.plot)
-    seeds = options.seeds
+        plot(streams, arms, options.seeds, options.plot)
     raw = {
-        "matrices": {arm: {seed: bench.matrix(arm, seed).model_dump() for seed in seeds} for arm in bench.arms},
-        "joint": {seed: bench.done[JOINT, seed, 0].scores for seed in seeds},
+        arm.text: {seed: {
+            "matrix": None if arm.strategy == JOINT else streams[arm.text, seed].matrix().model_dump(),
+            "scores": streams[arm.text, seed].cells[-1].scores, "summary": streams[arm.text, seed].summary(),
+            "strategies": sorted({cell.strategy for cell in streams[arm.text, seed].cells}),
+        } for seed in options.seeds} for arm in arms
     }  # fmt: skip
     report.write(options.json, figures, report.chosen(options) | {
-        "training": bench.training.model_dump(), "rows": {t.name: len(t.file("train").read_text().splitlines()) for t in tasks},
+        "training": TrainingSettings(**knobs).model_dump(),
+        "rows": {t.name: len(t.file("train").read_text(encoding="utf-8").splitlines()) for t in tasks},
     }, raw)  # fmt: skip
 
 

@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--domain", default="banking", help="the domain to learn")
     parser.add_argument("--all", action="store_true", help="every domain, each from the starter")
     parser.add_argument("--method", default="lora", help="way to tune")
-    parser.add_argument("--epochs", type=float, default=6.0, help="passes (LOG.md, \"Training defaults\": lora wants six)")
+    parser.add_argument(
+        "--epochs", type=float, default=6.0, help='passes (LOG.md, "Training defaults": lora wants six)'
+    )
     options = parser.parse_args()
     cache = report.WORK / "rows"
     sources = stream_from(report.clinc150(options.data), None, cache)

@@ -77,9 +77,9 @@ class Trained(Event):
 
     kind: Literal["trained"] = "trained"
     folder: str
-    weights_kind: Literal["adapter", "full"]
+    weights_kind: Literal["adapter", "full", "routed"]
     figures: dict
-    memory: dict[str, str] = Field(description='what the strategy keeps: {"new": file of kept rows}, or nothing')
+    memory: dict[str, str] = Field(description='what the strategy keeps: {"new": file of kept rows, "state": folder}')
 
 
 class Ready(Event):

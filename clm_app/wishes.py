@@ -16,6 +16,8 @@ from clm_app.engine.settings import SMALL_MODEL, TrainingSettings
 from clm_app.errors import BadData, BadInput, BadSettings, NotThere
 from clm_app.judging.gate import GateSettings
 from clm_app.registry import versions
+from clm_app.strategies._base import Situation
+from clm_app.strategies._combined import choose, made, part_of
 from clm_app.workspace import Workspace
 from store.db import record
 from store.tables import Job
@@ -29,7 +31,9 @@ class LearnWish(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     stream: list[TaskSource] = Field(min_length=1, max_length=1000, description="tasks in the order they are learned")
-    strategy: str = Field("replay", description="way against forgetting")
+    strategy: str = Field(
+        "auto", description="way against forgetting, or several joined by +; auto chooses and says why"
+    )
     strategy_settings: dict = Field(default_factory=dict, description="the strategy's own knobs")
     method: str = Field(
         "", description="way to tune; empty: lora, or full where the model has less than 100 M parameters"
@@ -47,16 +51,28 @@ class LearnWish(BaseModel):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise BadData(f"The stream names {min(twice)!r} twice; a task is learned once in a stream. Remove one.")
-        pick("clm_app.strategies", self.strategy).Settings(**self.strategy_settings)
+        way = made(self.strategy, self.strategy_settings, seed=0)
+        if self.method and self.method not in way.methods:
+            raise BadSettings(
+                f"Strategy {self.strategy} does not work with method {self.method}; it works with {', '.join(way.methods)}. "
+                "Choose one of these, or leave the method empty."
+            )
         if self.method:
             pick("clm_app.methods", self.method).Settings(**self.method_settings)
         elif self.method_settings:
             raise BadSettings("method_settings are given without a method. Name the method they belong to.")
         return self
 
-    def method_for(self, parameters: int) -> str:
-        """Return the method to tune a model of this many parameters with: the chosen one, else what fits its size."""
-        return self.method or ("full" if parameters < SMALL_MODEL else "lora")
+    def method_for(self, parameters: int, strategy: str = "") -> str:
+        """Return the method to tune a model of this many parameters with: the chosen one, else what fits its size.
+
+        strategy: the one that does the work, where that is known already; else the one that auto would begin with.
+        """
+        first = Situation("base", parameters, learned_tasks=0, new_rows=0, method=self.method)
+        chosen = strategy or choose(self.strategy, self.strategy_settings, first).strategy
+        possible = part_of(chosen).methods
+        wanted = self.method or ("full" if parameters < SMALL_MODEL else "lora")
+        return wanted if wanted in possible else possible[0]
 
 
 def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:

@@ -18,6 +18,7 @@ from clm_app import hardware
 from clm_app.catalog import pick
 from clm_app.data.ingest import find, snapshot, tasks
 from clm_app.data.streams import TaskSource
+from clm_app.data.withdrawal import withdrawn_keys, without
 from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.order import Exam, Order
 from clm_app.errors import ChildFailed, ClmError
@@ -25,6 +26,8 @@ from clm_app.events import AnyEvent, Failed, Measuring, Progress, Started
 from clm_app.judging.gate import Verdict, judge, pair
 from clm_app.provenance import code_version
 from clm_app.registry import versions
+from clm_app.strategies._base import Choice, Situation
+from clm_app.strategies._combined import choose, part_of
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
 from jobs.queue import Queue
@@ -96,15 +99,15 @@ class Cycle:
             ).first()
             if found:
                 return found
-            strategy = self.wish.strategy if track == MAIN else NAIVE
             parent = self.parent(session, track)
+            choice = self.choose(session, track, parent, taken)
             run = Run(
                 job_id=self.job.id, track=track, position=position, task_id=taken.task_id, snapshot_id=taken.id,
-                parent_version_id=parent.id, strategy=strategy, method=self.wish.method_for(parent.parameters),
+                parent_version_id=parent.id, strategy=choice.strategy, method=self.method_for(track, choice, parent),
                 seed=self.wish.training.seed, folder="", code_version=code_version(), libraries=hardware.libraries(),
                 hardware=hardware.description(), settings={
                     "training": self.wish.training.model_dump(),
-                    "strategy": self.wish.strategy_settings if track == MAIN else {},
+                    "strategy": choice.settings, "why": choice.why,
                     "method": self.wish.method_settings, "gate": self.wish.gate.model_dump(),
                 },
             )  # fmt: skip
@@ -114,6 +117,20 @@ class Cycle:
             session.add(run)
             record(session, self.job.asked_by, "run.opened", f"run:{run.id}", job=self.job.id, track=track)
             return run
+
+    def choose(self, session: Session, track: str, parent: Version, taken: Snapshot) -> Choice:
+        """Return which strategy does this run, and why: the one asked for, or what auto chooses."""
+        if track != MAIN:
+            return Choice(NAIVE, {}, "")
+        situation = Situation(
+            parent_kind=parent.kind, parameters=parent.parameters, learned_tasks=len(lineage(session, parent)),
+            new_rows=taken.train_rows, method=self.wish.method,
+        )  # fmt: skip
+        return choose(self.wish.strategy, self.wish.strategy_settings, situation)
+
+    def method_for(self, track: str, choice: Choice, parent: Version) -> str:
+        """Return the way to tune: as asked, else what fits size and strategy; a comparison is tuned as the main track."""
+        return self.wish.method_for(parent.parameters, choice.strategy if track == MAIN else "")
 
     def parent(self, session: Session, track: str) -> Version:
         """Return the version to go on from: the track's last one that was accepted, else where the stream starts."""
@@ -139,21 +156,32 @@ class Cycle:
         with self.workspace.read() as session:
             parent = session.get_one(Version, run.parent_version_id)
             known = lineage(session, parent)
-            known += self.refused_before(session, run, {s.task_id for s, _ in known})
+            learned = {s.task_id for s, _ in known}
+            known += self.refused_before(session, run, learned)
             past = [(s, t) for s, t in known if s.task_id != taken.task_id]
             seen = [*past, (taken, session.get_one(Task, taken.task_id))]
+            root, withdrawn = self.root(session, parent), withdrawn_keys(session)
+            names = dict(session.exec(select(Snapshot.id, Task.name).join(Task, Task.id == Snapshot.task_id)).all())
             unmeasured = [] if run.track != MAIN else [
                 (s, t) for s, t in seen if measurement(session, parent.id, s.id) is None
             ]  # fmt: skip
         base, adapter = versions.weights(self.workspace, parent)
-        method = pick("clm_app.methods", run.method)
+        method, way = pick("clm_app.methods", run.method), part_of(run.strategy)
         knobs = self.wish.training
         refuse_what_does_not_fit(
             parent.parameters, base, method.weights_kind, knobs.batch_rows, knobs.max_tokens, self.workspace.home
         )
+        kept = {s: self.workspace.objects.path(digest) for s, digest in parent.memory.items() if s.isdigit()}
+        kept.pop(str(taken.id), None)
+        kept = {s: without(file, withdrawn, folder / "kept" / f"{s}.jsonl") for s, file in kept.items()}
+        state = parent.memory.get(f"state/{run.strategy}")
         order = Order(
-            folder=folder, base=base, adapter=adapter, rows=self.split_file(taken, "train"),
-            kept={s: self.workspace.objects.path(digest) for s, digest in parent.memory.items() if s != str(taken.id)},
+            folder=folder, base=base, adapter=adapter, rows=self.split_file(taken, "train"), root=root,
+            task=seen[-1][1].name, kept=kept, kept_tasks={s: names[int(s)] for s in kept},
+            held_out={
+                str(s.id): self.split_file(s, "validation") for s, _ in past if s.task_id in learned
+            } if way.needs_held_out_rows else {},
+            state=self.workspace.objects.path(state) if state else None,
             strategy=run.strategy, strategy_settings=run.settings["strategy"], method=run.method,
             method_settings=run.settings["method"], training=knobs, threads=self.workspace.settings.threads,
             before=[self.exam(s, t, "test") for s, t in unmeasured],
@@ -163,6 +191,12 @@ class Cycle:
         draft.write_text(order.model_dump_json(indent=1), encoding="utf-8")
         draft.replace(file)
         return order
+
+    def root(self, session: Session, version: Version) -> Path:
+        """Return the folder of the base that a line of versions began with."""
+        while version.parent_id is not None:
+            version = session.get_one(Version, version.parent_id)
+        return versions.weights(self.workspace, version).base
 
     def refused_before(self, session: Session, run: Run, known: set[int]) -> list[tuple[Snapshot, Task]]:
         """Return the tasks of this stream that were tried and refused: they are measured all the same, as not known."""
@@ -212,8 +246,9 @@ class Cycle:
         """Write version, measurements, decision and deployment together, from the child's result."""
         result = json.loads((order.folder / "result.json").read_text(encoding="utf-8"))
         trained, objects = result["trained"], self.workspace.objects
-        weights = objects.put(Path(trained["folder"]))
-        kept = {str(run.snapshot_id): objects.put(Path(file)) for file in trained["memory"].values()}
+        weights = objects.put(Path(trained["folder"]), alike=order.adapter)
+        places = {"new": str(run.snapshot_id), "state": f"state/{run.strategy}"}
+        kept = {places[name]: objects.put(Path(found)) for name, found in trained["memory"].items()}
         figures = [(m, objects.put(Path(m["outcomes"]))) for m in result["measured"]]
         with self.workspace.write() as session:
             self.queue.held(session, self.job)

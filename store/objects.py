@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -42,12 +43,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder. Not shutil.copytree: it wraps errors, and nobody sees that the disk is full."""
+def _copy(source: Path, target: Path, alike: Path | None) -> None:
+    """Copy a file or a folder. Not shutil.copytree: it wraps errors, and nobody sees that the disk is full.
+
+    alike: an object with files in common; what is equal there, at the same place, is linked and takes no room.
+    """
     if source.is_dir():
         target.mkdir()
         for child in source.iterdir():
-            _copy(child, target / child.name)
+            _copy(child, target / child.name, alike / child.name if alike else None)
+    elif alike and alike.is_file() and filecmp.cmp(source, alike, shallow=False):
+        os.link(alike, target)
     else:
         shutil.copyfile(source, target)
 
@@ -66,8 +72,11 @@ class Objects:
             raise KeyError(f"No object {digest} in {self.root}.")
         return place
 
-    def put(self, source: Path) -> str:
-        """Copy a file or folder in, synced and renamed whole; return its digest. The same content is kept once."""
+    def put(self, source: Path, alike: Path | None = None) -> str:
+        """Copy a file or folder in, synced and renamed whole; return its digest. The same content is kept once.
+
+        alike: an object's folder whose equal files are linked instead of copied.
+        """
         digest = folder_digest(source) if source.is_dir() else file_digest(source)
         place = self.root / digest[:2] / digest
         if place.exists():
@@ -75,7 +84,7 @@ class Objects:
         place.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root, prefix="new-") as temporary:
             copy = Path(temporary) / "object"
-            _copy(source, copy)
+            _copy(source, copy, alike)
             for file in [copy] if copy.is_file() else [p for p in copy.rglob("*") if p.is_file()]:
                 file.chmod(stat.S_IRUSR)
             sync(copy)

@@ -130,7 +130,7 @@ def train(monkeypatch) -> Callable[..., SimpleNamespace]:
                     raise Stopped
                 loss, tokens, rate = super().step(model, optimiser, step)
                 seen.steps.append(SimpleNamespace(number=step, loss=loss.item(), tokens=tokens, rate=rate))
-                seen.rows.append([row.prompt for row in self.batch(step)])
+                seen.rows.append([row.prompt for _, row in self.batch(step)])
                 seen.model = model
                 return loss, tokens, rate
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.smallest import TASKS, make_rows
+
 ROOT = Path(__file__).parent.parent
 WAIT_S = 60
 ROWS = "\n".join(
@@ -225,8 +227,19 @@ def test_the_page_works_asks_no_outside_host_and_finds_its_job_again(app, browse
     for name in ("E-bikes", "Desk lamps"):
         page.get_by_role("option", name=name).click()
     page.keyboard.press("Escape")
+    expect(page.locator("#clm-about")).to_contain_text("Auto", timeout=15_000)
+    expect(page.locator("#clm-also")).to_be_hidden()
+    page.locator("#clm-strategy input").click()
+    page.get_by_role("option", name="Replay (rehearse kept rows)").click()
+    page.locator("#clm-also input").click()
+    page.get_by_role("option", name="EWC").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#clm-about")).to_contain_text("Not yet measured here", timeout=15_000)
+    page.get_by_label("Rows per task").locator("visible=true").fill("7")
     page.locator("#clm-start").click()
     expect(page.locator("#clm-train-answer")).to_contain_text("is asked for: E-bikes, Desk lamps", timeout=15_000)
+    wish = app.client.get("/api/jobs").json()[0]["wish"]
+    assert wish["strategy"] == "replay+ewc" and wish["strategy_settings"]["replay"]["rows_per_task"] == 7
 
     page.get_by_role("tab", name="Playground", exact=True).click()
     page.get_by_role("textbox", name="Message").fill(
@@ -284,4 +297,190 @@ def test_the_matrix_is_said_alike_on_the_page_and_in_the_terminal():
     text, html = console.export_text(), heat_map(matrix, "Kept", ["a", "<b>"])
     for said in ("65\N{NO-BREAK SPACE}%", "−50.0\N{NO-BREAK SPACE}points"):
         assert said in text and said in html
+    assert "forgetting <strong>50.0\N{NO-BREAK SPACE}points" in html, "1.0 at best, 0.5 now"
     assert "&lt;b&gt;" in html and "<b>:" not in html
+
+
+# --- strategies on the page ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chooser():
+    """The choice of a strategy, built into a page of its own."""
+    import gradio as gr
+
+    from ui.parts.strategy_chooser import StrategyChooser
+
+    made = StrategyChooser(None, "auto")
+    with gr.Blocks():
+        made.build_choice()
+        made.build_forms()
+    return made
+
+
+def test_the_choice_of_a_strategy_is_the_shelf_with_the_default_first(chooser):
+    from clm_app.catalog import shelf
+
+    offered = [name for _, name in chooser.choice.choices]
+    assert offered[0] == "auto" == chooser.choice.value and set(offered) == set(shelf("clm_app.strategies"))
+    assert set(chooser.forms) == set(offered)
+
+
+def test_what_only_holds_can_be_joined_and_what_decides_alone_cannot():
+    from ui.parts.strategy_chooser import partners
+
+    assert partners("auto") == partners("adapters") == []
+    assert {"ewc", "l2sp", "si", "ema", "lwf"} <= set(partners("replay")) and "ewc" not in partners("ewc")
+    assert not {"naive", "replay", "adapters", "auto"} & set(partners("ewc")), "these choose the rows, or do nothing"
+
+
+def test_every_choice_with_the_defaults_of_its_form_is_a_wish_that_is_taken(chooser):
+    from clm_app.wishes import LearnWish
+    from ui.parts.strategy_chooser import partners
+
+    values = [widget.value for form in chooser.forms.values() for widget in form.widgets.values()]
+    for name in chooser.forms:
+        for also in ([], *([other] for other in partners(name))):
+            strategy, settings = chooser.read([name, also, *values])
+            assert strategy == "+".join([name, *also])
+            LearnWish(stream=[{"name": "a"}], strategy=strategy, strategy_settings=settings)
+    assert chooser.read(["auto", ["ewc"], *values])[0] == "auto", "a partner that no longer goes with it is left out"
+
+
+def test_the_cost_of_a_strategy_is_worked_out_from_the_runs_of_this_workspace(workspace):
+    from clm_app.registry import versions
+    from store.tables import Job, Measurement, Run, Snapshot, Task, Version
+    from ui import questions
+    from ui.parts.strategy_chooser import measured
+
+    assert measured(questions.strategy_figures(workspace, "replay")) == "Not yet measured here."
+    base = versions.base_version(workspace)
+    # seconds and R of a job of two tasks, asked of auto, which chose replay: 30 s beside 10 s, 40 s beside 20 s
+    tracks = {
+        "main": ("replay", [30, 40], [[0.9, None], [0.8, 1.0]]),
+        "naive": ("naive", [10, 20], [[0.9, None], [0.1, 1.0]]),
+    }
+    with workspace.write() as session:
+        session.add(Job(kind="learn", wish={"strategy": "auto"}))
+        for name in "ab":
+            session.add(Task(name=name, key=name))
+        session.flush()
+        for i in (1, 2):
+            session.add(Snapshot(task_id=i, object="x", train_rows=1, validation_rows=1, test_rows=1, source=""))
+        session.flush()
+        for track, (strategy, seconds, values) in tracks.items():
+            for i in range(2):
+                run = Run(job_id=1, track=track, position=i, task_id=i + 1, snapshot_id=i + 1, parent_version_id=base.id,
+                          strategy=strategy, method="lora", seed=0, folder="", status="done",
+                          figures={"seconds": seconds[i]}, settings={"why": "because" if track == "main" else ""})  # fmt: skip
+                session.add(run)
+                session.flush()
+                made = Version(name=f"{track}{i}", track=track, run_id=run.id, parent_id=base.id, kind="full", base_path="",
+                               base_digest="", strategy=strategy, settings=run.settings)  # fmt: skip
+                session.add(made)
+                session.flush()
+                for j, value in enumerate(values[i][: i + 1]):
+                    session.add(Measurement(version_id=made.id, task_id=j + 1, snapshot_id=j + 1, split="test",
+                                            metric="exact_match", value=value, items=10, object="x"))  # fmt: skip
+    found = questions.strategy_figures(workspace, "replay")
+    assert (found["runs"], found["seconds"], found["times_naive"]) == (2, 35, 2.5)  # median of 30/10 and 40/20
+    assert found["jobs"] == 1 and found["backward_transfer"] == pytest.approx(-0.1)
+    assert questions.strategy_figures(workspace, "auto") == found, "auto is charged for what it chose"
+    naive = questions.strategy_figures(workspace, "naive")
+    assert naive["times_naive"] == 1.0 and naive["backward_transfer"] == pytest.approx(-0.8)
+    assert questions.strategy_figures(workspace, "replay+ewc")["runs"] == 0
+    assert measured(found).replace("\N{NO-BREAK SPACE}", " ") == (
+        "Measured here: 35 s of training a run (median of 2 runs), 2.5 times what naive takes for the same task; "
+        "backward transfer −10.0 points (mean of 1 job)."
+    )
+    assert questions.reasons(workspace, 1) == [{"strategy": "replay", "why": "because", "tasks": ["a", "b"]}]
+    from ui.parts.version_card import version_card
+
+    made = versions.by_name(workspace, "main1")
+    assert "Auto chose replay. because" in version_card(workspace, made, 0)
+    assert questions.counterpart(workspace, made) == "naive1" and questions.counterpart(workspace, base) is None
+
+
+# --- rows: why they are kept, and taking one back ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keeping(open_app, tmp_path_factory):
+    """(app, key): two tasks learned with replay; the row of this key was withdrawn between them."""
+    folder, app = tmp_path_factory.mktemp("rows"), open_app("keeping")
+    for name in ("Colours", "Animals"):
+        rows = [json.dumps(row) + "\n" for row in make_rows(64, TASKS[name])]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+
+    def learn(name: str) -> dict:
+        return app.follow(app.learn(
+            stream=[{"name": name, "path": str(folder / f"{name}.jsonl")}], strategy="replay", method="full",
+            strategy_settings={"rows_per_task": 10}, gate={"least_items": 1, "alpha": 0.3},
+            training={"epochs": 10, "least_steps": 1, "batch_rows": 8, "learning_rate": 5e-3, "prompt_dropout": 0.0},
+        )["id"])  # fmt: skip
+
+    assert learn("Colours")["result"]["accepted"] == ["v1"]
+    key = app.get("/api/versions/v1/kept")[0]["rows"][3]["key"]
+    assert app.client.post("/api/rows/withdraw", json={"key": key, "reason": " "}).status_code == 400
+    done = app.client.post("/api/rows/withdraw", json={"key": key, "reason": "the customer asked for it"})
+    assert done.status_code == 201, done.text
+    learn("Animals")
+    return app, key
+
+
+def test_a_kept_row_says_why_it_was_kept(keeping):
+    app, _ = keeping
+    (colours,) = app.get("/api/versions/v1/kept")
+    assert (colours["task"], colours["strategy"]) == ("Colours", "replay") and colours["budget"]["rows_per_task"] == 10
+    assert len(colours["rows"]) == 10
+    trained = [row["label"] for row in app.get("/api/tasks/Colours/rows")]
+    for row in colours["rows"]:
+        mine = sum(other["label"] == row["label"] for other in colours["rows"])
+        assert mine in (2, 3), "ten rows of four answers"
+        assert row["why"] == (
+            f"kept by replay: 1 of {mine} rows of this answer, drawn from {trained.count(row['label'])} with seed 0"
+        )
+
+
+def test_a_withdrawn_row_is_in_no_later_order_and_every_other_one_is(keeping):
+    app, key = keeping
+    order = json.loads((app.home / "runs" / "2" / "order.json").read_text())
+    (file,) = order["kept"].values()
+    kept = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    before = app.get("/api/versions/v1/kept")[0]["rows"]
+    assert Path(file).is_relative_to(app.home / "runs" / "2"), "what is stored is never changed"
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in before if row["key"] != key] and len(kept) == 9
+    started = (app.home / "runs" / "2" / "events.jsonl").read_text()
+    assert '"rehearsed"' in started and [row["key"] for row in before if row["withdrawn"]] == [key]
+
+
+def test_a_row_is_withdrawn_once_with_a_reason_and_the_audit_trail_has_it(keeping):
+    app, key = keeping
+    (event,) = [e for e in app.get("/api/audit?limit=1000") if e["action"] == "row.withdrawn"]
+    assert event["subject"] == f"row:{key}" and event["detail"]["reason"] == "the customer asked for it"
+    again = app.client.post("/api/rows/withdraw", json={"key": key.upper(), "reason": "again"})
+    assert again.status_code == 400 and "was withdrawn already, by local: the customer" in again.json()["error"]
+    unknown = app.client.post("/api/rows/withdraw", json={"key": "0" * 12, "reason": "x"})
+    assert unknown.status_code == 404 and "No task has a training row" in unknown.json()["error"]
+    assert app.client.post("/api/rows/withdraw", json={"key": key}).status_code == 422
+
+
+def test_two_versions_are_compared_row_by_row(keeping):
+    from ui.parts.with_without import with_without
+
+    app, _ = keeping
+    told = app.get("/api/compare?before=v0&after=v1")
+    (colours,) = told["tasks"]
+    assert colours["task"] == "Colours" and colours["after"] > colours["before"]
+    flips = told["flips"]
+    assert len(flips) == colours["lost"] + colours["gained"] and flips
+    assert colours["change_points"] == pytest.approx(100 * (colours["gained"] - colours["lost"]) / colours["items"])
+    tested = {row["prompt"]: row["response"] for row in app.get("/api/tasks/Colours/rows?split=test")}
+    assert all(tested[flip["prompt"]] == flip["response"] for flip in flips)
+    html = with_without(told)
+    assert flips[0]["prompt"] in html and f"{colours['gained']:,} gained" in html
+    back = app.get("/api/compare?before=v1&after=v0")
+    assert [f["kind"] for f in back["flips"]] == ["lost"] * colours["gained"] + ["gained"] * colours["lost"]
+    rise = [f["loss_after"] - f["loss_before"] for f in back["flips"][: colours["gained"]]]
+    assert rise == sorted(rise, reverse=True), "the worst first"
+    assert "compared with itself" in app.client.get("/api/compare?before=v1&after=v1").json()["error"]

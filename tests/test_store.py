@@ -180,6 +180,30 @@ def test_an_empty_file_becomes_the_newest_schema_and_opening_again_keeps_every_r
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_a_record_of_the_first_schema_is_brought_to_the_newest_with_its_rows_and_a_copy_beside(tmp_path):
+    from alembic import command
+    from alembic.config import Config
+
+    from store.db import MIGRATIONS
+    from store.tables import Withdrawn
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("sqlalchemy.url", f"sqlite:///{tmp_path / 'record.sqlite'}")
+    command.upgrade(config, "0001")
+    with sqlite3.connect(tmp_path / "record.sqlite") as old:
+        old.execute("INSERT INTO task (name, key, created_at) VALUES ('Ünïcode', 'ünïcode', '2026-01-01 00:00:00')")
+    assert "withdrawn" not in columns(tmp_path / "record.sqlite")
+    database = Database(tmp_path)
+    with database.write() as session:
+        task = session.exec(select(Task)).one()
+        session.add(Withdrawn(key="0" * 12, task_id=task.id, by="local", reason="asked for"))
+    with pytest.raises(DBAPIError, match="UNIQUE"), database.write() as session:
+        session.add(Withdrawn(key="0" * 12, task_id=task.id, by="local", reason="again"))
+    database.close()
+    assert task.name == "Ünïcode" and "withdrawn" not in columns(tmp_path / "record.before-migration.sqlite")
+
+
 def test_a_second_process_cannot_take_the_home_and_is_told_what_to_do(workspace):
     code = (
         "import sys; from pathlib import Path; from clm_app.settings import Settings;"

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-from sqlmodel import func, select
+from sqlmodel import Session, func, select
 
-from clm_app.errors import NotThere
+from clm_app.data.rows import Row, load
+from clm_app.data.withdrawal import withdrawn_keys
+from clm_app.errors import BadInput, ClmError, NotThere
+from clm_app.judging.gate import pair
 from clm_app.judging.matrix import Matrix, retention, tracks
 from clm_app.registry import versions
+from clm_app.strategies._combined import part_of
 from clm_app.workspace import Workspace
 from store.series import progress
-from store.tables import AuditEvent, Decision, Deployment, Job, Run, Task, Version
+from store.tables import AuditEvent, Decision, Deployment, Job, Measurement, Run, Snapshot, Task, Version
 from store.tables.work import ENDED
+
+NEWEST_JOBS = 20  # that a strategy's figures are taken from
 
 
 def jobs(workspace: Workspace, limit: int = 50) -> list[Job]:
@@ -106,9 +116,9 @@ def job_story(workspace: Workspace, job_id: int) -> dict[str, Any]:
 
 
 def plain_matrix(matrix: Matrix) -> dict[str, Any]:
-    """Return the matrix with its two figures, shares 0..1."""
-    figures = {"average_accuracy": matrix.average_accuracy, "backward_transfer": matrix.backward_transfer}
-    return matrix.model_dump() | figures
+    """Return the matrix with its figures, shares 0..1; forgetting is None for one task."""
+    names = ("average_accuracy", "backward_transfer", "forgetting")
+    return matrix.model_dump() | {name: getattr(matrix, name) for name in names}
 
 
 def decisions(workspace: Workspace, job_id: int) -> list[dict[str, Any]]:
@@ -128,6 +138,184 @@ def decisions(workspace: Workspace, job_id: int) -> list[dict[str, Any]]:
         | {"version": names[d.version_id], "against": names.get(d.against_version_id), "task": task}
         for d, task in found
     ]
+
+
+def reasons(workspace: Workspace, job_id: int) -> list[dict[str, Any]]:
+    """Return what auto chose for the runs of a job, and why: {strategy, why, tasks}, equal choices told once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run, task in runs_of(workspace, job_id):
+        if why := run.settings.get("why"):
+            found.setdefault((run.strategy, why), []).append(task)
+    return [{"strategy": strategy, "why": why, "tasks": tasks} for (strategy, why), tasks in found.items()]
+
+
+def strategy_figures(workspace: Workspace, strategy: str) -> dict[str, Any]:
+    """Return what a strategy has cost and kept in this workspace, over the newest jobs that asked for it or used it.
+
+    runs: trained with it. seconds: their median training time. times_naive: median of a run's time over that of the same
+    task's naive run in the same job; None where no job compared. jobs: of two tasks or more; backward_transfer: mean over
+    these, in shares; None where there is none.
+    """
+    with workspace.read() as session:
+        done = session.exec(select(Run).where(Run.status == "done").order_by(Run.id)).all()
+        asked = set(session.exec(select(Job.id).where(Job.wish["strategy"].as_string() == strategy)).all())
+    naive = {(r.job_id, r.position): r.figures.get("seconds") for r in done if r.track == "naive"}
+    mine = [r for r in done if r.strategy == strategy or (r.job_id in asked and r.track == "main")]
+    newest = sorted({r.job_id for r in mine})[-NEWEST_JOBS:]
+    mine = [r for r in mine if r.job_id in newest and r.figures.get("seconds")]
+    ratios = [
+        r.figures["seconds"] / other for r in mine if r.track == "main" and (other := naive.get((r.job_id, r.position)))
+    ]
+    found = [retention(workspace, *place) for place in sorted({(r.job_id, r.track) for r in mine})]
+    transfers = [matrix.backward_transfer for matrix in found if matrix and len(matrix.tasks) > 1]
+    return {
+        "runs": len(mine), "seconds": median(r.figures["seconds"] for r in mine) if mine else None,
+        "times_naive": 1.0 if strategy == "naive" and mine else median(ratios) if ratios else None,
+        "jobs": len(transfers), "backward_transfer": fmean(transfers) if transfers else None,
+    }  # fmt: skip
+
+
+def kept_rows(workspace: Workspace, version: Version) -> list[dict[str, Any]]:
+    """Return the rows that a version keeps of each task to rehearse later, every one with the sentence why.
+
+    One dict for each task: task, snapshot_id, strategy, budget (the knobs that bound it), withdrawn (a count) and rows:
+    {key, prompt, response, label, why, withdrawn}.
+    """
+    found = []
+    with workspace.read() as session:
+        withdrawn = withdrawn_keys(session)
+        for place, digest in version.memory.items():
+            if not place.isdigit():
+                continue
+            taken, run = session.get_one(Snapshot, int(place)), _run_that_kept(session, version, place)
+            rows = _rows(workspace.objects.path(digest))
+            why = _why_kept(rows, _labels(workspace.objects.path(taken.object) / "train.jsonl"), run)
+            found.append({
+                "task": session.get_one(Task, taken.task_id).name, "snapshot_id": taken.id, "strategy": run.strategy,
+                "budget": _budget(run), "withdrawn": sum(row.key in withdrawn for row in rows),
+                "rows": [row.model_dump() | {"key": row.key, "why": why[row], "withdrawn": row.key in withdrawn}
+                         for row in rows],
+            })  # fmt: skip
+    return found
+
+
+def _run_that_kept(session: Session, version: Version, place: str) -> Run:
+    """Return the run that put the rows of snapshot `place` into a version's memory: its own, or an ancestor's."""
+    step, run = version, session.get_one(Run, version.run_id)
+    while run.snapshot_id != int(place):
+        step = session.get_one(Version, step.parent_id)
+        run = session.get_one(Run, step.run_id)
+    return run
+
+
+def _why_kept(kept: list[Row], trained: Counter[str], run: Run) -> dict[Row, str]:
+    """Return {row: why it is kept}: by which strategy, among how many of its label, drawn from how many."""
+    mine, said = Counter(row.label for row in kept), {}
+    for row in kept:
+        of = "this answer" if row.label == row.response else f"label {row.label}"
+        noun = "row" if mine[row.label] == 1 else "rows"
+        said[row] = (
+            f"kept by {run.strategy}: 1 of {mine[row.label]:,} {noun} of {of}, "
+            f"drawn from {trained[row.label]:,} with seed {run.seed}"
+        )
+    return said
+
+
+def _budget(run: Run) -> dict[str, Any]:
+    """Return {knob: value} of the knobs that bound how many rows are kept, defaults included."""
+    given = run.settings.get("strategy", {})
+    try:
+        given = part_of(run.strategy).Settings(**given).model_dump()
+    except (ClmError, ValueError):  # made by a strategy that is not on the shelf any more, or that has other knobs now
+        pass
+    own = [values for values in given.values() if isinstance(values, dict)]
+    knobs = {name: value for group in (given, *own) for name, value in group.items() if value is not None}
+    return {name: value for name, value in knobs.items() if name == "rows_share" or name.endswith("_per_task")}
+
+
+def compare(workspace: Workspace, before: str, after: str) -> dict[str, Any]:
+    """Return how two versions answer the same test items: scores of each task, and every item that flipped.
+
+    tasks: {task, items, before, after (shares), change_points, lost, gained}. flips: {task, item, prompt, response,
+    kind (lost or gained), loss_before, loss_after (nats of the whole answer), route (the task adapter that answered
+    after, "" where there is none)}; lost ones first, and the one whose answer became least likely first of all.
+
+    Raises:
+        BadInput: it is the same version twice, or no task was measured of both.
+        NotThere: there is no such version.
+    """
+    old, new = versions.by_name(workspace, before), versions.by_name(workspace, after)
+    if old.id == new.id:
+        raise BadInput(f"{old.name} is compared with itself. Choose two versions.")
+    with workspace.read() as session:
+        one, other = (_measured(session, v.id) for v in (old, new))
+        by_task = {m.task_id: (m, other[s]) for s, m in sorted(one.items()) if s in other}  # the newest snapshot wins
+        named = {task: session.get_one(Task, task).name for task in by_task}
+        places = {m.snapshot_id: session.get_one(Snapshot, m.snapshot_id).object for m, _ in by_task.values()}
+    if not by_task:
+        raise BadInput(f"{old.name} and {new.name} were not measured on the same test rows. Choose two of one line.")
+    told, flips = [], []
+    for task, (m, n) in by_task.items():
+        files = [workspace.objects.path(found.object) for found in (m, n)]
+        paired = _paired(named[task], *files)
+        told.append({
+            "task": paired.task, "items": len(paired.before), "before": fmean(paired.before), "after": fmean(paired.after),
+            "change_points": paired.change, "lost": paired.lost, "gained": paired.gained,
+        })  # fmt: skip
+        rows = {row.key: row for row in _rows(workspace.objects.path(places[m.snapshot_id]) / "test.jsonl")}
+        flips += _flips(named[task], rows, *map(_outcomes, files))
+    flips.sort(key=lambda flip: (flip["kind"] == "gained", flip["loss_before"] - flip["loss_after"]))
+    return {"before": old.name, "after": new.name, "tasks": told, "flips": flips}
+
+
+def _measured(session: Session, version_id: int) -> dict[int, Measurement]:
+    """Return {snapshot id: the newest measurement on its test rows} of a version."""
+    found = session.exec(
+        select(Measurement).where(
+            Measurement.version_id == version_id, Measurement.metric == "exact_match", Measurement.split == "test"
+        ).order_by(Measurement.id)
+    )  # fmt: skip
+    return {m.snapshot_id: m for m in found}
+
+
+# Objects never change, and the page asks for the same ones at every tick.
+
+
+@lru_cache(maxsize=128)
+def _outcomes(file: Path) -> dict[str, dict[str, Any]]:
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {line["item"]: line for line in lines}
+
+
+_paired = lru_cache(maxsize=128)(pair)
+_rows = lru_cache(maxsize=128)(load)
+
+
+@lru_cache(maxsize=128)
+def _labels(file: Path) -> Counter[str]:
+    return Counter(row.label for row in load(file))
+
+
+def _flips(task: str, rows: dict[str, Row], old: dict[str, dict], new: dict[str, dict]) -> list[dict[str, Any]]:
+    return [
+        {"task": task, "item": item, "prompt": rows[item].prompt, "response": rows[item].response,
+         "kind": "gained" if new[item]["exact"] else "lost", "loss_before": old[item]["loss"],
+         "loss_after": new[item]["loss"], "route": new[item].get("route", "")}
+        for item in old.keys() & new.keys() if old[item]["exact"] != new[item]["exact"]
+    ]  # fmt: skip
+
+
+def counterpart(workspace: Workspace, version: Version) -> str | None:
+    """Return the version to compare with: the naive one at the same place of the same job, else the parent; or None."""
+    with workspace.read() as session:
+        run = session.get(Run, version.run_id) if version.run_id else None
+        if run is None:
+            return None
+        found = session.exec(
+            select(Version.name).join(Run, Run.id == Version.run_id)
+            .where(Run.job_id == run.job_id, Run.position == run.position, Version.id != version.id)
+        ).first()  # fmt: skip
+        return found or session.get_one(Version, version.parent_id).name
 
 
 def version_names(workspace: Workspace) -> dict[int, str]:

@@ -22,7 +22,7 @@ from store.tables.work import ENDED
 from ui import cli
 
 LOOK_S = 0.5
-BAD_RATE = 0.05  # learning rate of the bad update: 25 times LoRA's default
+BAD_RATE = 0.05  # learning rate of the bad update: ten times LoRA's default for the starter
 
 
 class Door:
@@ -85,7 +85,7 @@ def follow(door: Door, job_id: int, console: Console) -> dict[str, Any]:
 def learn(door: Door, wish: dict[str, Any], console: Console) -> dict[str, Any]:
     """Ask, follow and show the matrices; ClmError with the job's own sentence where it failed."""
     job = door.ask(wish)
-    console.print(f"Job {job['id']}: {len(wish['stream'])} task(s), strategy {wish.get('strategy', 'replay')}.")
+    console.print(f"Job {job['id']}: {len(wish['stream'])} task(s), strategy {wish.get('strategy', 'auto')}.")
     story = follow(door, job["id"], console)
     if story["status"] != "done":
         raise ClmError(story["error"] or f"Job {job['id']} was {story['status']}.")

@@ -32,11 +32,13 @@ class Encoded:
         return self._known[row.key]
 
 
-def batches(rows: list[Row], encoded: Encoded, size: int, rng: random.Random) -> list[list[Row]]:
-    """Return the rows in batches of similar length, in random order; all that is drawn comes from `rng`."""
+def batches(
+    rows: list[tuple[str, Row]], encoded: Encoded, size: int, rng: random.Random
+) -> list[list[tuple[str, Row]]]:
+    """Return (source, row) pairs in batches of similar length, in random order; all that is drawn comes from `rng`."""
     found = []
     for start in range(0, len(rows), size * WINDOW):
-        window = sorted(rows[start : start + size * WINDOW], key=lambda row: sum(map(len, encoded(row))))
+        window = sorted(rows[start : start + size * WINDOW], key=lambda pair: sum(map(len, encoded(pair[1]))))
         found += [window[i : i + size] for i in range(0, len(window), size)]
     rng.shuffle(found)
     return found

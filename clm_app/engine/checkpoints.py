@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ MANIFEST = "manifest.json"  # written last: a folder without it, or one that dif
 
 
 def commit(
-    folder: Path, step: int, model: torch.nn.Module, optimiser: torch.optim.Optimizer, kept: int, facts: dict
-) -> Path:
+    folder: Path, step: int, model: torch.nn.Module, optimiser: torch.optim.Optimizer, kept: int, facts: dict,
+    more: dict[str, torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
     """Write weights, optimiser and random state after `step` steps, and return the committed folder.
 
-    facts: what the manifest says beside the step. Only what is trained is written. The newest `kept` checkpoints stay.
+    facts: what the manifest says beside the step. more: tensors of the strategy. Only what is trained is
+    written. The newest `kept` checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft, place = folder / f".draft-{step}", folder / f"step-{step:09d}"
@@ -31,6 +34,8 @@ def commit(
     if torch.cuda.is_available():
         state["cuda_random"] = torch.cuda.get_rng_state_all()
     torch.save(state, draft / "state.pt")
+    if more:
+        save_file({name: t.detach().contiguous() for name, t in more.items()}, draft / "strategy.safetensors")
     write_manifest(draft, **facts, step=step)
     shutil.rmtree(place, ignore_errors=True)  # a damaged one of the same step
     os.replace(draft, place)
@@ -72,8 +77,16 @@ def committed(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def resume(folder: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict:
-    """Load the newest whole checkpoint and return its facts, `step` among them; nothing where there is none."""
+def resume(
+    folder: Path,
+    model: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    restore: Callable[[dict], None] | None = None,
+) -> dict:
+    """Load the newest whole checkpoint and return its facts, `step` among them; nothing where there is none.
+
+    restore: is given the strategy's tensors, where there are any.
+    """
     for place in reversed(committed(folder)):
         if is_whole(place):
             weights = load_file(place / "weights.safetensors")
@@ -81,6 +94,8 @@ def resume(folder: Path, model: torch.nn.Module, optimiser: torch.optim.Optimize
                 for name, parameter in model.named_parameters():
                     if parameter.requires_grad:
                         parameter.copy_(weights[name])
+            if restore and (place / "strategy.safetensors").exists():
+                restore(load_file(place / "strategy.safetensors"))
             state = torch.load(place / "state.pt", weights_only=True)
             optimiser.load_state_dict(state["optimiser"])
             torch.set_rng_state(state["random"])

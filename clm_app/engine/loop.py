@@ -10,21 +10,26 @@ import math
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
 
 from clm_app.catalog import pick
-from clm_app.data.rows import dump, load
+from clm_app.data.rows import Row, dump, load
 from clm_app.data.template import load_tokenizer
 from clm_app.engine import checkpoints
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, tensors
 from clm_app.engine.measure import sit
 from clm_app.engine.order import Order
+from clm_app.engine.routed import Routed
 from clm_app.engine.settings import SMALL_MODEL
 from clm_app.errors import BadModel, OutOfRoom
 from clm_app.events import Checkpointed, Event, Measured, Measuring, Progress, Started, Trained
+from clm_app.routes import is_routed
+from clm_app.strategies._combined import made
 
 SAY_EVERY_S = 0.5
 
@@ -35,8 +40,9 @@ class Engine:
     def __init__(self, order: Order, say: Callable[[Event], None]) -> None:
         self.order, self.say, self.knobs = order, say, order.training
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.strategy = _made("clm_app.strategies", order.strategy, order.strategy_settings, self.knobs.seed)
-        self.method = _made("clm_app.methods", order.method, order.method_settings)
+        self.strategy = made(order.strategy, order.strategy_settings, self.knobs.seed)
+        method = pick("clm_app.methods", order.method)
+        self.method = method(method.Settings(**order.method_settings))
         self.tokenizer = load_tokenizer(order.base)
         self.encoded = Encoded(self.tokenizer, self.knobs.max_tokens)
         self.new = load(order.rows)
@@ -45,17 +51,41 @@ class Engine:
 
     def run(self) -> tuple[Trained, list[Measured]]:
         """Do the whole order and return what was trained and measured."""
+        self.strategy.refuse(self.order)
         torch.manual_seed(self.knobs.seed)
-        model = self.method.prepare(self._load(), self.order.adapter).to(self.device)
+        start = self.strategy.begin_from(self.order)
+        model = self.method.prepare(self.load_base(), start).to(self.device)
         self.hidden_size = model.get_input_embeddings().weight.shape[1]
         self.hidden_share = self.knobs.prompt_dropout
         if self.hidden_share is None:
             self.hidden_share = 0.1 if sizes(model)["parameters"] < SMALL_MODEL else 0.0
-        measured = self._exams(model, self.order.before, "before")
+        measured = self._exams(self.parent() if start != self.order.adapter else model, self.order.before, "before")
         done = self.train(model)
-        return done, measured + self._exams(model, self.order.after, "after")
+        tested = self.answering(model, Path(done.folder))
+        return done, measured + self._exams(tested, self.order.after, "after")
 
-    def _load(self) -> torch.nn.Module:
+    def parent(self) -> torch.nn.Module:
+        """Return the version before, in a model of its own that is not trained."""
+        if self.order.adapter is not None and is_routed(self.order.adapter):
+            return Routed(self.load_base(), self.order.adapter).to(self.device)
+        from clm_app.methods.full import Full
+
+        return (
+            Full(Full.Settings())
+            .prepare(self.load_base(), self.order.adapter)
+            .to(self.device)
+            .requires_grad_(False)
+            .eval()
+        )
+
+    def answering(self, model: torch.nn.Module, weights: Path) -> torch.nn.Module:
+        """Return what answers as the written weights do: the trained model, unless the strategy made more of it."""
+        if not is_routed(weights):
+            return model
+        return Routed(self.load_base(), weights).to(self.device)
+
+    def load_base(self) -> torch.nn.Module:
+        """Return a fresh copy of the base that the order names, in the precision that the method trains in."""
         from transformers import AutoModelForCausalLM
 
         dtype = (
@@ -79,21 +109,30 @@ class Engine:
             fused=True,
         )
         folder = self.order.folder / "checkpoints"
-        behind, steps = checkpoints.resume(folder, model, optimiser), self.steps
+        self.strategy.prepare(self, model)
+        behind, steps = checkpoints.resume(folder, model, optimiser, self.strategy.restore), self.steps
         first = behind.get("step", 0)
         self._start(model, first, steps)
         meter, saved = Meter(steps, self.device, behind), time.monotonic()
         model.train()
         for step in range(first, steps):
             loss, tokens, rate = self.step(model, optimiser, step)
+            self.strategy.after_step(model, step)
             if line := meter.add(step + 1, loss, tokens, rate):
                 self.say(line)
             if time.monotonic() - saved > self.knobs.checkpoint_every_s or step + 1 == steps:
                 place = checkpoints.commit(
-                    folder, step + 1, model, optimiser, self.knobs.checkpoints_kept, meter.figures()
+                    folder,
+                    step + 1,
+                    model,
+                    optimiser,
+                    self.knobs.checkpoints_kept,
+                    meter.figures(),
+                    self.strategy.tensors(),
                 )
                 self.say(Checkpointed(step=step + 1, folder=str(place)))
                 saved = time.monotonic()
+        self.strategy.finish(self, model)
         return self._finish(model, meter)
 
     def step(
@@ -103,14 +142,16 @@ class Engine:
         rate = self.peak * share_of_peak(step, self.steps, self.knobs.warmup_share)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        rows = self.batch(step)
-        batch = tensors(rows, self.encoded, self.device, self.hidden_share)
+        sourced = self.batch(step)
+        rows = [row for _, row in sourced]
+        batch = tensors(rows, self.encoded, self.device, self.hidden_share) | {"rows": sourced}
         tokens = sum(len(prompt) + len(answer) for prompt, answer in map(self.encoded, rows))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             logits, targets = answer_logits(model, batch)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-            loss = self.strategy.loss(model, batch, loss)
+            loss = self.strategy.loss(model, batch, logits, targets, loss)
         loss.backward()
+        self.strategy.after_backward(model)
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.knobs.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -124,11 +165,12 @@ class Engine:
             rng = random.Random(f"{self.knobs.seed}/{number}")
             mixed = self.strategy.mix(self.new, self.kept, rng)
             self._rehearsed = {s: sum(1 for source, _ in mixed if source == s) for s in self.kept}
-            self._epochs = {number: batches([row for _, row in mixed], self.encoded, self.knobs.batch_rows, rng)}
+            self._rehearsed |= Counter(source for source, _ in mixed if source == "self")
+            self._epochs = {number: batches(mixed, self.encoded, self.knobs.batch_rows, rng)}
         return self._epochs[number]
 
-    def batch(self, step: int) -> list:
-        """Return the rows of a step."""
+    def batch(self, step: int) -> list[tuple[str, Row]]:
+        """Return the (source, row) pairs of a step."""
         return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
 
     @property
@@ -141,7 +183,8 @@ class Engine:
     @property
     def steps(self) -> int:
         """Steps in the whole run."""
-        return max(self.knobs.least_steps, math.ceil(self.knobs.epochs * self.steps_per_epoch))
+        epochs = self.knobs.epochs or self.method.epochs(self.hidden_size)
+        return max(self.knobs.least_steps, math.ceil(epochs * self.steps_per_epoch))
 
     @property
     def peak(self) -> float:
@@ -168,6 +211,7 @@ class Engine:
         if self.method.weights_kind == "full":
             self.tokenizer.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)
+        self.strategy.assemble(self, draft)
         checkpoints.sync(draft)
         shutil.rmtree(place, ignore_errors=True)  # of an attempt that ended between here and its measurements
         draft.rename(place)
@@ -175,10 +219,18 @@ class Engine:
         if kept := self.strategy.keep(self.new, random.Random(f"{self.knobs.seed}/keep")):
             dump(kept, self.order.folder / "kept.jsonl")
             memory["new"] = str(self.order.folder / "kept.jsonl")
+        state = self.order.folder / "state"
+        shutil.rmtree(state, ignore_errors=True)
+        state.mkdir()
+        self.strategy.save(state)
+        if any(state.iterdir()):
+            memory["state"] = str(state)
         figures = meter.figures() | sizes(model) | {
             "cut_rows": self.encoded.cut_rows, "rehearsed": self._rehearsed, "bfloat16": self.is_bfloat16,
+            "strategy": self.strategy.figures,
         }  # fmt: skip
-        done = Trained(folder=str(place), weights_kind=self.method.weights_kind, memory=memory, figures=figures)
+        kind = self.strategy.weights_kind or self.method.weights_kind
+        done = Trained(folder=str(place), weights_kind=kind, memory=memory, figures=figures)
         self.say(done)
         return done
 
@@ -247,11 +299,6 @@ def share_of_peak(step: int, steps: int, warmup: float) -> float:
     if step < first:
         return (step + 1) / first
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
-
-
-def _made(package: str, name: str, settings: dict, *more):
-    cls = pick(package, name)
-    return cls(cls.Settings(**settings), *more)
 
 
 def explain(error: BaseException) -> BaseException:

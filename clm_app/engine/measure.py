@@ -15,6 +15,7 @@ import torch
 from clm_app.data.rows import Row, load
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, tensors
 from clm_app.engine.order import Exam
+from clm_app.engine.routed import Routed
 from clm_app.events import Measured
 
 ROWS = 64  # rows in one forward pass
@@ -22,7 +23,12 @@ ROWS = 64  # rows in one forward pass
 
 @torch.no_grad()
 def outcomes(model: torch.nn.Module, rows: list[Row], encoded: Encoded, device: torch.device) -> list[dict]:
-    """Return one dict per row, in order: item (key), exact (bool), loss (summed nats), tokens (answer tokens)."""
+    """Return one dict per row, in order: item (key), exact (bool), loss (summed nats), tokens (answer tokens).
+
+    A model with one adapter per task answers each row through the adapter that its router names, added as `route`.
+    """
+    if isinstance(model, Routed):
+        return _through_routes(model, rows, encoded, device)
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: sum(map(len, encoded(rows[i]))))
     found: list[dict] = [{}] * len(rows)
@@ -36,6 +42,15 @@ def outcomes(model: torch.nn.Module, rows: list[Row], encoded: Encoded, device: 
         ).view_as(targets).sum(1)  # fmt: skip
         for i, exact, nats, tokens in zip(chosen, right.tolist(), loss.tolist(), counts.sum(1).tolist(), strict=True):
             found[i] = {"item": rows[i].key, "exact": exact, "loss": round(nats, 6), "tokens": tokens}
+    return found
+
+
+def _through_routes(model: Routed, rows: list[Row], encoded: Encoded, device: torch.device) -> list[dict]:
+    found: list[dict] = [{}] * len(rows)
+    for task, places in model.groups([row.prompt for row in rows]).items():
+        with model.using(task) as answering:
+            for i, line in zip(places, outcomes(answering, [rows[i] for i in places], encoded, device), strict=True):
+                found[i] = line | {"route": task}
     return found
 
 

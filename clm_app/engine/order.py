@@ -28,8 +28,15 @@ class Order(BaseModel):
     folder: Path = Field(description="the run's folder: checkpoints, weights, outcomes and result.json go here")
     base: Path
     adapter: Path | None
+    root: Path | None = Field(None, description="the base at the root of the lineage, before anything was learned")
+    task: str = Field("", description="name of the task that is learned")
     rows: Path = Field(description="training rows of the new task")
     kept: dict[str, Path] = Field(description="{snapshot id: rows kept of a past task}")
+    held_out: dict[str, Path] = Field(
+        default_factory=dict, description="{snapshot id: validation rows of a past task}, for a strategy that asks"
+    )
+    kept_tasks: dict[str, str] = Field(default_factory=dict, description="{snapshot id in `kept`: name of its task}")
+    state: Path | None = Field(None, description="what the parent's run of the same strategy saved for this one")
     strategy: str
     strategy_settings: dict
     method: str
@@ -38,3 +45,8 @@ class Order(BaseModel):
     before: list[Exam] = Field(description="measured with the parent's weights, before the first step")
     after: list[Exam] = Field(description="measured with the trained weights")
     threads: int = Field(description="CPU threads; 0 takes all cores")
+
+    @property
+    def has_learned(self) -> bool:
+        """Say whether the version to start from has learned anything since the root of its lineage."""
+        return self.adapter is not None or (self.root is not None and self.base != self.root)

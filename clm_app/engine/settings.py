@@ -14,7 +14,9 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    epochs: float = Field(3.0, gt=0, le=100, description="passes over the new rows")
+    epochs: float | None = Field(
+        None, gt=0, le=100, description="passes over the new rows; empty takes the method's own, more for narrow models"
+    )
     least_steps: int = Field(
         160, ge=1, le=1_000_000, description="a small task is passed more often, up to this many steps"
     )

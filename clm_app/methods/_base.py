@@ -32,6 +32,10 @@ class Method:
         """Return the peak learning rate for a model of this width where the person sets none."""
         return 1e-4
 
+    def epochs(self, hidden_size: int) -> float:
+        """Return the passes over the new rows for a model of this width where the person sets none."""
+        return 3.0
+
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the model to train. adapter: folder of the parent's adapter over this base, or None."""
         return base

@@ -39,6 +39,10 @@ class Lora(Method):
         """Return 3e-4 at width 4096 and more for narrower models (LOG.md, "Training defaults": 4.8e-3 at 256)."""
         return 3e-4 * 4096 / hidden_size
 
+    def epochs(self, hidden_size: int) -> float:
+        """Return six passes below width 1024 and three above (LOG.md, "Training defaults")."""
+        return 6.0 if hidden_size < 1024 else 3.0
+
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
         """Return the base under a fresh adapter, or under the parent's, which is trained on.
 

@@ -21,7 +21,7 @@ class Weights(NamedTuple):
     """Folders to load a version from: a full-precision base, and an adapter over it or None."""
 
     base: Path
-    adapter: Path | None
+    adapter: Path | None  # one adapter, or a folder with routes.json and one adapter per task
 
 
 def weights(workspace: Workspace, version: Version) -> Weights:
@@ -36,7 +36,7 @@ def weights(workspace: Workspace, version: Version) -> Weights:
         raise BadModel(
             f"{version.name} stands on {folder}, which is gone. Put the folder back, or choose another version."
         )
-    return Weights(folder, workspace.objects.path(version.object) if version.kind == "adapter" else None)
+    return Weights(folder, workspace.objects.path(version.object) if version.object else None)
 
 
 def base_reference(version: Version) -> tuple[str, str]:

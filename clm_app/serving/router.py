@@ -184,7 +184,7 @@ class Router:
         if self._is_closed:
             raise ChildFailed("The app is closing. Start it again and ask once more.")
         base, adapter = versions.weights(self.workspace, version)
-        backend, why = choose(self.workspace.settings.backend, base)
+        backend, why = choose(self.workspace.settings.backend, base, adapter)
         cache = self.workspace.home / "cache"
         order = Order(
             version=version.name, base=base, adapter=adapter, backend=backend, threads=_threads(),

@@ -1,4 +1,4 @@
-"""Tasks and their snapshots: what the model is asked to learn, frozen as it was when it was learned."""
+"""Tasks, their snapshots, and the rows withdrawn from them: what the model is asked to learn, and may not rehearse."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ class Snapshot(SQLModel, table=True):
     source: str = Field(description="file or folder it was read from, as given")
     report: dict = document()  # what the checks found: duplicates dropped, longest row, labels
     created_at: datetime = Field(default_factory=now)
+
+
+class Withdrawn(SQLModel, table=True):
+    """A row that a person took back: it is in no rehearsal of a run that is ordered from then on."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    key: str = Field(unique=True, description="twelve hex digits that name the row's content, whatever task it is in")
+    task_id: int = Field(foreign_key="task.id", description="a task that has the row; its newest one")
+    by: str
+    reason: str
+    at: datetime = Field(default_factory=now)

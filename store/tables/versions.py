@@ -20,7 +20,9 @@ class Version(SQLModel, table=True):
     run_id: int | None = Field(  # use_alter: runs name their parent version, so the two tables refer to each other
         default=None, sa_column=Column(Integer, ForeignKey("run.id", name="fk_version_run", use_alter=True))
     )
-    kind: str = Field(description="base (a folder outside the store), full or adapter (objects in the store)")
+    kind: str = Field(
+        description="base (a folder outside the store); full, adapter or routed (one adapter per task): objects"
+    )
     base_path: str = Field(description="folder with the full-precision base; relative to the workspace if inside it")
     base_digest: str = Field(description="SHA-256 over the base folder's files")
     object: str | None = Field(
@@ -33,7 +35,9 @@ class Version(SQLModel, table=True):
     seed: int = 0
     parameters: int = Field(default=0, description="parameters of the whole model")
     trained_parameters: int = 0
-    memory: dict = document()  # what the strategy keeps for next time: {snapshot id: object of kept rows}
+    memory: dict = (
+        document()
+    )  # what is kept for next time: {snapshot id: object of kept rows, state/<strategy>: object}
     created_at: datetime = Field(default_factory=now)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
 
-from clm_app.data import ingest
+from clm_app.data import ingest, withdrawal
 from clm_app.errors import BadData, NotThere
 from store.tables import Snapshot, Task
 from ui.api._base import Api
@@ -16,8 +17,17 @@ from ui.api._base import Api
 MB = 1024 * 1024
 
 
+class WithdrawWish(BaseModel):
+    """Which row a person takes back, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str = Field(min_length=1, max_length=64, description="the twelve hex digits that name the row's content")
+    reason: str = Field(min_length=1, max_length=500, description="kept in the audit trail")
+
+
 class Data(Api):
-    """GET and POST /api/tasks, GET /api/tasks/{name}/rows."""
+    """GET and POST /api/tasks, GET /api/tasks/{name}/rows, POST /api/rows/withdraw."""
 
     def routes(self) -> APIRouter:
         """Return the router."""
@@ -48,6 +58,11 @@ class Data(Api):
                 if task.key == name.strip().lower():
                     return [row.model_dump() for row in ingest.rows_of(workspace, taken, split)[:limit]]
             raise NotThere(f"There is no task {name!r}. GET /api/tasks lists them.")
+
+        @router.post("/api/rows/withdraw", status_code=201)
+        def withdraw(wish: WithdrawWish) -> dict[str, Any]:
+            """Take a row back: no run that is ordered from now on rehearses it."""
+            return withdrawal.withdraw(workspace, wish.key, wish.reason, self.house.actor).model_dump(mode="json")
 
         return router
 

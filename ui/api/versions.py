@@ -22,7 +22,7 @@ class DeployWish(BaseModel):
 
 
 class Versions(Api):
-    """GET /api/versions, /api/versions/{name}, /api/deployments, /api/hardware, /api/audit; POST …/deploy."""
+    """GET /api/versions, …/{name}, …/{name}/kept, /api/compare, /api/deployments, /api/hardware, /api/audit; POST …/deploy."""
 
     def routes(self) -> APIRouter:
         """Return the router."""
@@ -38,6 +38,16 @@ class Versions(Api):
         def card(name: str) -> dict[str, Any]:
             """Return the lineage card of one version; the name "live" is the live one."""
             return versions.card(workspace, versions.by_name(workspace, name))
+
+        @router.get("/api/versions/{name}/kept")
+        def kept(name: str) -> list[dict[str, Any]]:
+            """Return the rows that a version keeps of each task, every one with the sentence why."""
+            return questions.kept_rows(workspace, versions.by_name(workspace, name))
+
+        @router.get("/api/compare")
+        def compare(before: str, after: str) -> dict[str, Any]:
+            """Return two versions' scores on the same test rows, and every row that flipped, worst first."""
+            return questions.compare(workspace, before, after)
 
         @router.post("/api/versions/{name}/deploy")
         def deploy(name: str, wish: DeployWish) -> dict[str, Any]:

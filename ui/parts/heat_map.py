@@ -9,7 +9,7 @@ CAPTION = "row: version after learning task i; column: task j; exact match on th
 
 
 def heat_map(matrix: Matrix, title: str, tasks: list[str]) -> str:
-    """Return one track's matrix with its average accuracy and backward transfer.
+    """Return one track's matrix with its average accuracy, backward transfer and forgetting.
 
     tasks: the whole stream; those not learned yet get an empty column, so that two tracks stand in line.
     """
@@ -18,10 +18,12 @@ def heat_map(matrix: Matrix, title: str, tasks: list[str]) -> str:
     heads = "".join(f'<th scope="col">{safe(name)}</th>' for name in tasks)
     rows = "".join(_row(matrix, i, empty) for i in range(len(matrix.versions)))
     change = "".join(_change(matrix, j) for j in range(len(matrix.tasks)))
+    lost = matrix.forgetting
+    drop = f"<span>forgetting <strong>{points(lost).removeprefix('+')}</strong></span>" if lost is not None else ""
     return (
         f'<figure class="clm-heat"><figcaption><b>{safe(title)}</b>'
         f"<span>average accuracy <strong>{percent(matrix.average_accuracy)}</strong></span>"
-        f"<span>backward transfer <strong>{points(matrix.backward_transfer)}</strong></span></figcaption>"
+        f"<span>backward transfer <strong>{points(matrix.backward_transfer)}</strong></span>{drop}</figcaption>"
         f'<div class="clm-scroll" tabindex="0" role="region" aria-label="{safe(title)}: retention matrix">'
         f'<table style="min-width:{92 + 58 * len(tasks)}px">'
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>"

@@ -17,13 +17,18 @@ def version_card(workspace: Workspace, version: Version, live_id: int) -> str:
     return card(
         version.name,
         f"<p>{state} {chip('comparison', 'naive') if version.track != 'main' else ''}</p>"
-        f"{_decision(told)}{_facts(told)}{_measurements(told)}{_deployments(told)}{_how(told)}",
+        f"{_decision(told)}{_reason(told)}{_facts(told)}{_measurements(told)}{_deployments(told)}{_how(told)}",
         f"made {moment(version.created_at)}",
     )
 
 
 def _decision(told: dict[str, Any]) -> str:
     return "".join(f'<p class="clm-why">The gate: {safe(d["sentence"])}</p>' for d in told["decisions"])
+
+
+def _reason(told: dict[str, Any]) -> str:
+    why = told["version"]["settings"].get("why")
+    return f'<p class="clm-why">Auto chose {safe(told["version"]["strategy"])}. {safe(why)}</p>' if why else ""
 
 
 def _facts(told: dict[str, Any]) -> str:
@@ -79,13 +84,15 @@ def _how(told: dict[str, Any]) -> str:
     run, version = told["run"], told["version"]
     if not run:
         return _details("Base", [("folder", version["base_path"]), ("digest", version["base_digest"])])
-    settings = [(name, str(value)) for name, value in _flat(version["settings"] or run["settings"])]
+    settings = [(n, str(v)) for n, v in _flat(version["settings"] or run["settings"]) if n != "why"]
+    told_by = [(name, str(value)) for name, value in _flat(run["figures"].get("strategy", {}))]
     machine = [("code", run["code_version"] or "–"), *((n, str(v)) for n, v in _flat(run["libraries"]))]
     machine += [(name, str(value)) for name, value in _flat(run["hardware"])]
     snapshot = told["snapshot"]["object"] if told["snapshot"] else "–"
     digests = [("snapshot", snapshot), ("weights", version["object"] or "–"), ("base", version["base_digest"])]
     return (
         _details("Settings", settings)
+        + _details(f"What {version['strategy']} says of this run", told_by)
         + _details("Code, libraries and hardware", machine)
         + _details("Digests", digests)
     )

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import gradio as gr
 
+from clm_app.data import withdrawal
 from clm_app.errors import BadInput, plain
 from clm_app.registry import versions
 from ui import actions, questions
+from ui.parts.kept_rows import kept_rows
 from ui.parts.lineage import lineage
 from ui.parts.live import Live, drawing
 from ui.parts.version_card import version_card
+from ui.parts.with_without import with_without
 from ui.parts.words import card, moment, notice, table
 from ui.tabs._base import Tab
 
 PICK = """
 const pick = event => {
   if (event.type === 'keydown' && event.key !== 'Enter' && event.key !== ' ') return;
-  const node = event.target.closest('[data-version]');
+  const node = event.target.closest('[data-version], [data-row]');
   if (!node) return;
   event.preventDefault();
-  trigger('pick', {version: node.dataset.version});
+  trigger('pick', {chosen: node.dataset.version || node.dataset.row});
 };
 element.addEventListener('click', pick);
 element.addEventListener('keydown', pick);
-"""
+"""  # of a node of the graph, or of a kept row
+KEEP_OPEN = """
+const open = new Set();
+element.addEventListener('toggle', event => {
+  const task = event.target.dataset.task;
+  event.target.open ? open.add(task) : open.delete(task);
+}, true);
+new MutationObserver(() => element.querySelectorAll('details').forEach(part => {
+  if (open.has(part.dataset.task)) part.open = true;
+})).observe(element, {childList: true, subtree: true});
+"""  # a drawing that is sent anew would close what a person has opened
 
 
 class Models(Tab):
-    """The graph; beneath it the card of the chosen version beside what can be done with it."""
+    """The graph; beneath it the card of the chosen version, what can be done with it, a comparison, and what it keeps."""
 
     title = "Models"
     order = 30
@@ -54,6 +67,29 @@ class Models(Tab):
                         no = gr.Button("No, change nothing", elem_id="clm-no")
                 self.answer = drawing(elem_id="clm-models-answer")
                 self.history = drawing()
+        with gr.Row(equal_height=True, elem_classes="clm-section"):
+            drawing("<h3>With and without</h3>", min_width=200)
+            self.before = gr.Dropdown(self._names(), value=None, label="Without", min_width=160, elem_id="clm-before")
+            self.after = gr.Dropdown(self._names(), value=None, label="With", min_width=160, elem_id="clm-after")
+        self.compared = drawing(elem_id="clm-compared")
+        drawing("<h3>Kept rows</h3>", elem_classes="clm-section")
+        self.kept = drawing(js_on_load=PICK + KEEP_OPEN, elem_id="clm-kept")
+        with gr.Row(equal_height=True):
+            self.row = gr.Textbox(
+                label="Row to withdraw", info="choose it above; it is never rehearsed again", max_length=64,
+                min_width=200, elem_id="clm-row",
+            )  # fmt: skip
+            self.row_reason = gr.Textbox(
+                label="Why it is withdrawn", info="kept in the audit trail", max_length=500, min_width=200,
+                elem_id="clm-row-reason",
+            )  # fmt: skip
+            withdraw = gr.Button("Withdraw this row", variant="stop", min_width=200, scale=0, elem_id="clm-withdraw")
+        self.withdrawn = drawing(elem_id="clm-withdrawn")
+        chosen = self.kept.pick(self._picked, None, self.row, queue=False, show_progress="hidden")
+        withdrawn = withdraw.click(
+            self._withdraw, [self.row, self.row_reason], [self.withdrawn, self.row, self.row_reason],
+            concurrency_id="withdraw",
+        )  # fmt: skip
         picked = self.graph.pick(self._picked, None, self.version, queue=False, show_progress="hidden")
         asked = [self.wanted, self.question, self.confirmation, self.answer]
         make.click(self._ask, [self.version, self.reason], asked, queue=False)
@@ -65,14 +101,17 @@ class Models(Tab):
             [self.answer, self.confirmation, self.reason],
             concurrency_id="deploy",
         )
-        return [picked, deployed]
+        return [picked, deployed, chosen, withdrawn]
 
     def live(self) -> list[Live]:
-        """Return the graph, the choices, the card and the history."""
+        """Return the graph, the choices, the card, the history, the comparison and the kept rows."""
         return [
             Live([self.version], self._choices, [self.version]),
             Live([self.graph, self.card], self._chosen, [self.version]),
             Live([self.history], self._history),
+            Live([self.before, self.after], self._pairs, [self.before, self.after]),
+            Live([self.compared], self._compare, [self.before, self.after]),
+            Live([self.kept], self._kept, [self.version]),
         ]
 
     def _names(self) -> list[str]:
@@ -83,13 +122,43 @@ class Models(Tab):
         return gr.update(choices=names) if chosen in names else gr.update(choices=names, value=live)
 
     def _picked(self, event: gr.EventData) -> str:
-        return event.version
+        return event.chosen
 
     def _chosen(self, chosen: str | None) -> tuple[str, str]:
         live = versions.live(self.workspace)
         version = versions.by_name(self.workspace, chosen or live.name)
         graph = lineage(versions.everything(self.workspace), live.id, version.name)
         return card("Lineage", graph, "parents to the left"), version_card(self.workspace, version, live.id)
+
+    def _pairs(self, before: str | None, after: str | None):
+        """Offer every version; before a choice is made, the live one beside the one learned without protection."""
+        names, now = self._names(), versions.live(self.workspace)
+        after = gr.update(choices=names) if after in names else gr.update(choices=names, value=now.name)
+        if before in names:
+            return gr.update(choices=names), after
+        return gr.update(choices=names, value=questions.counterpart(self.workspace, now)), after
+
+    def _compare(self, before: str | None, after: str | None) -> str:
+        if before is None or after is None:
+            return '<p class="clm-quiet">Choose two versions that were measured on the same tasks.</p>'
+        try:
+            return with_without(questions.compare(self.workspace, before, after))
+        except BadInput as err:
+            return notice(str(err), "note")
+
+    def _kept(self, chosen: str | None) -> str:
+        version = versions.by_name(self.workspace, chosen or "live")
+        return kept_rows(version.name, questions.kept_rows(self.workspace, version))
+
+    def _withdraw(self, key: str, reason: str):
+        """Take a row back. A refusal leaves the form as it is."""
+        try:
+            if not key.strip():
+                raise BadInput("No row is chosen. Choose one among the kept rows above.")
+            row = withdrawal.withdraw(self.workspace, key, reason, self.house.actor)
+        except Exception as err:
+            return notice(plain(err), "problem"), gr.skip(), gr.skip()
+        return notice(f"Row {row.key} is withdrawn: no run that is ordered from now on rehearses it."), "", ""
 
     def _history(self) -> str:
         rows = [

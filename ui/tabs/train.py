@@ -24,6 +24,7 @@ from ui.parts.forms import SettingsForm
 from ui.parts.heat_map import heat_map
 from ui.parts.job_card import job_card
 from ui.parts.live import Live, drawing
+from ui.parts.strategy_chooser import StrategyChooser, title
 from ui.parts.words import card, chip, count, figures, notice, safe, span, table
 from ui.tabs._base import Tab
 
@@ -45,11 +46,13 @@ class Train(Tab):
                 self._task_names(), value=[], multiselect=True, label="Tasks, in the order they are learned",
                 info="choose them one after the other; the first chosen is learned first", elem_id="clm-tasks",
             )  # fmt: skip
+            self.strategy = StrategyChooser(self.workspace, default["strategy"].default)
             with gr.Row():
-                self.strategy = self._pick("clm_app.strategies", "Against forgetting", default["strategy"])
+                self.strategy.build_choice()
                 automatic = ("Automatic (by model size)", "")
                 self.method = self._pick("clm_app.methods", "Way to tune", default["method"], automatic)
                 self.start_from = gr.Dropdown(self._version_names(), value="live", label="Start from")
+            self.strategy.build_forms()
             with gr.Row():
                 self.compare = gr.Checkbox(
                     value=True, label="Compare with a naive run",
@@ -60,8 +63,7 @@ class Train(Tab):
                     label="Put promoted versions live",
                     info=default["deploy"].description,
                 )
-            with gr.Accordion("Settings", open=False):
-                strategies = self._forms("clm_app.strategies", self.strategy)
+            with gr.Accordion("Settings of the method, the training and the gate", open=False):
                 methods = self._forms("clm_app.methods", self.method)
                 gr.Markdown("**Training**")
                 training = SettingsForm(TrainingSettings).build()
@@ -72,13 +74,13 @@ class Train(Tab):
                 cancel = gr.Button("Cancel the running job", variant="stop", elem_id="clm-cancel")
             self.answer = drawing(elem_id="clm-train-answer")
         self._build_job()
-        widgets = [
-            w for form in (*strategies.values(), *methods.values(), training, gate) for w in form.widgets.values()
-        ]
-        asks = partial(self._start, strategies, methods, training, gate)
-        fixed = [self.tasks, self.strategy, self.method, self.start_from, self.compare, self.deploy]
+        widgets = [w for form in (*methods.values(), training, gate) for w in form.widgets.values()]
+        asks = partial(self._start, methods, training, gate)
+        fixed = [self.tasks, self.method, self.start_from, self.compare, self.deploy]
         return [
-            start.click(asks, [*fixed, *widgets], [self.answer, self.job], concurrency_id="start"),
+            start.click(
+                asks, [*fixed, *self.strategy.inputs, *widgets], [self.answer, self.job], concurrency_id="start"
+            ),
             cancel.click(self._cancel, [self.job], self.answer, concurrency_id="cancel"),
         ]
 
@@ -104,6 +106,7 @@ class Train(Tab):
             Live([self.tasks], lambda: gr.update(choices=self._task_names())),
             Live([self.start_from], lambda: gr.update(choices=self._version_names())),
             Live([self.job], lambda: gr.update(choices=self._job_choices())),
+            *self.strategy.live(),
             Live([self.progress], self._progress, [self.job]),
             Live([self.curve, self.figures], self._curve, [self.job]),
             Live([self.matrices], self._matrices, [self.job]),
@@ -129,8 +132,7 @@ class Train(Tab):
         forms, groups = {}, []
         for name, cls in shelf(package).items():
             with gr.Column(visible=name == chooser.value) as group:
-                needs = getattr(cls, "needs", "")
-                gr.Markdown(f"**{cls.title or name}**" + (f": needs {needs}" if needs else ""))
+                gr.Markdown(f"**{cls.title or name}**")
                 forms[name] = SettingsForm(cls.Settings).build()
             groups.append(group)
         names = list(forms)
@@ -140,20 +142,19 @@ class Train(Tab):
         )  # fmt: skip
         return forms
 
-    def _start(
-        self, strategies, methods, training, gate, tasks, strategy, method, start_from, compare, deploy, *values
-    ):
+    def _start(self, methods, training, gate, tasks, method, start_from, compare, deploy, *values):
         """Write the wish down. Nothing is trained in here: the clock finds the row."""
         try:
             if not tasks:
                 raise BadInput("No task is chosen. Choose at least one; the Data tab adds new ones.")
             given: dict[int, dict] = {}
-            left = list(values)
-            for form in (*strategies.values(), *methods.values(), training, gate):
+            chosen, left = values[: len(self.strategy.inputs)], list(values[len(self.strategy.inputs) :])
+            strategy, strategy_settings = self.strategy.read(chosen)
+            for form in (*methods.values(), training, gate):
                 given[id(form)], left = form.read(left[: len(form.widgets)]), left[len(form.widgets) :]
             wish = wishes.LearnWish(
                 stream=[TaskSource(name=name) for name in tasks], strategy=strategy, method=method,
-                strategy_settings=given[id(strategies[strategy])], 
+                strategy_settings=strategy_settings,
                 method_settings=given[id(methods[method])] if method else {}, gate=given[id(gate)],
                 training=given[id(training)], compare_naive=compare, deploy=deploy, start_from=start_from,
             )  # fmt: skip
@@ -180,11 +181,9 @@ class Train(Tab):
 
     def _progress(self, chosen: int) -> str:
         job = self._in_view(chosen)
-        return (
-            job_card(self.workspace, job)
-            if job
-            else '<p class="clm-quiet">No job yet. Choose tasks and press Start.</p>'
-        )
+        if job is None:
+            return '<p class="clm-quiet">No job yet. Choose tasks and press Start.</p>'
+        return job_card(self.workspace, job) + "".join(map(_reason, questions.reasons(self.workspace, job.id)))
 
     def _curve(self, chosen: int):
         """Return the loss curve of the run that trains now, or the last one, and its figures."""
@@ -209,7 +208,8 @@ class Train(Tab):
             return card("What was kept", f'<p class="clm-quiet">{soon}</p>')
         strategy = job.wish.get("strategy", "main")
         tasks = [source["name"] for source in job.wish.get("stream", [])]
-        titles = {"main": f"With {strategy}", "naive": "Naive: no protection"}
+        chosen = ", ".join(dict.fromkeys(reason["strategy"] for reason in questions.reasons(self.workspace, job.id)))
+        titles = {"main": f"With {strategy}" + (f": {chosen}" if chosen else ""), "naive": "Naive: no protection"}
         drawn = "".join(heat_map(matrix, titles.get(track, track), tasks) for track, matrix in found.items())
         return card("What was kept", f'<div class="clm-pair">{drawn}</div>')
 
@@ -228,6 +228,13 @@ class Train(Tab):
             for d in found
         ]
         return card("What the gate said", table(["Version", "Learned", "Verdict", "Why"], rows, is_safe=True))
+
+
+def _reason(reason: dict[str, Any]) -> str:
+    """Return what auto chose, for which tasks, and its sentence why."""
+    tasks = reason["tasks"]
+    of = tasks[0] if len(tasks) == 1 else f"{', '.join(tasks[:-1])} and {tasks[-1]}"
+    return f'<p class="clm-why">Auto chose {safe(title(reason["strategy"]))} for {safe(of)}. {safe(reason["why"])}</p>'
 
 
 def _in_a_line(job: Job) -> str:

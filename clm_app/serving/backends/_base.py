@@ -6,6 +6,7 @@ is imported where it is used.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,9 +39,13 @@ class Backend:
         return None
 
     @classmethod
-    def supports(cls, base: Path) -> str | None:
-        """Return None where it can load this model folder, else the reason; reads small files only."""
+    def supports(cls, base: Path, adapter: Path | None = None) -> str | None:
+        """Return None where it can load this model folder with this adapter, else the reason; reads small files only."""
         return None
+
+    def answering(self, messages: list[Message]) -> contextlib.AbstractContextManager:
+        """Return a context in which `tokens` answers this conversation: where a version has an adapter per task, its own."""
+        return contextlib.nullcontext()
 
     def tokens(self, ids: list[int], choose: Callable[[np.ndarray], int]) -> Iterator[int]:
         """Yield reply tokens without end, each computed when it is asked for.
@@ -65,7 +70,8 @@ class Backend:
                 yield Piece(finish_reason="cancelled", prompt_tokens=len(ids))
                 return
         try:
-            yield from self._reply(ids, options, limit, is_cancelled)
+            with self.answering(messages):
+                yield from self._reply(ids, options, limit, is_cancelled)
         finally:
             self._turn.release()
 

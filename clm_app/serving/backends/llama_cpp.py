@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from clm_app.errors import BadModel
+from clm_app.routes import is_routed
 from clm_app.serving import gguf as convert
 from clm_app.serving.backends._base import Backend
 
@@ -50,8 +51,10 @@ class LlamaCpp(Backend):
         return "llama.cpp is not installed. Add it with: pip install llama-cpp-python==0.3.36 (it compiles a while)."
 
     @classmethod
-    def supports(cls, base: Path) -> str | None:
+    def supports(cls, base: Path, adapter: Path | None = None) -> str | None:
         """Return None where this folder can be converted to GGUF, else the reason."""
+        if is_routed(adapter):
+            return "A version with an adapter per task is served by transformers."
         return convert.supports(base)
 
     def tokens(self, ids: list[int], choose: Callable[[np.ndarray], int]) -> Iterator[int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clm_app.routes import asked, is_routed
 from clm_app.serving.backends._base import Backend
+from clm_app.serving.chat import Message
 
 
 class Transformers(Backend):
@@ -19,13 +22,22 @@ class Transformers(Backend):
     def __init__(self, base: Path, adapter: Path | None, threads: int, converted: Path) -> None:
         import torch
 
+        from clm_app.engine.routed import Routed
         from clm_app.serving.merge import merged
 
         super().__init__(base, adapter, threads, converted)
         torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = merged(base, adapter)
+        routed = is_routed(adapter)
+        model = merged(base, None if routed else adapter)
+        if routed:
+            model = Routed(model, adapter)
         self.model = model.to("cuda", torch.bfloat16) if self.device == "cuda" else model
+        self.routed, self.model = (self.model, self.model.model) if routed else (None, self.model)
+
+    def answering(self, messages: list[Message]) -> contextlib.AbstractContextManager:
+        """Choose the adapter that the router names for what the person said."""
+        return self.routed.using(self.routed.router.route(asked(messages))) if self.routed else contextlib.nullcontext()
 
     def tokens(self, ids: list[int], choose: Callable[[np.ndarray], int]) -> Iterator[int]:
         """Yield reply tokens without end; see the contract."""

@@ -1,0 +1,288 @@
+"""What task adapters promise: no adapter but the trained one changes, and every prompt finds its own."""
+
+from __future__ import annotations
+
+import json
+import random
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clm_app.data.rows import Row, dump
+from clm_app.engine.order import Exam
+from clm_app.errors import BadSettings
+from clm_app.routes import BASE, RIDGE, WIDTH, Router, asked, hashed, is_routed
+from clm_app.serving.backends.transformers import Transformers
+from clm_app.serving.chat import ChatOptions, Message
+from clm_app.strategies._base import Situation
+from clm_app.strategies._combined import choose, made, part_of
+from store.objects import Objects, folder_digest
+from tests.smallest import TASKS, make_rows
+
+COLOURS, ANIMALS = ([row["prompt"] for row in make_rows(24, TASKS[name])] for name in ("Colours", "Animals"))
+ENOUGH = {"epochs": 30, "batch_rows": 4}  # passes after which the tiny model answers every prompt of a task
+
+
+# --- the router ------------------------------------------------------------------------------------------------------
+
+
+def router(**prompts: list[str]) -> Router:
+    found = Router()
+    for i, (task, asked_for) in enumerate(prompts.items()):
+        found.folders[task] = f"adapters/{i:04d}"
+        found.add(task, asked_for)
+    return found
+
+
+def test_a_prompt_goes_to_the_task_whose_words_it_has():
+    found = router(Colours=COLOURS, Animals=ANIMALS)
+    assert {found.route(prompt) for prompt in COLOURS} == {"Colours"}
+    assert {found.route(prompt) for prompt in ANIMALS} == {"Animals"}
+    assert found.route("cat") == "Animals", "one word is enough"
+
+
+def test_a_prompt_without_a_known_word_goes_to_the_base():
+    assert router(Colours=COLOURS).route("xylophone") == BASE
+
+
+def test_naive_bayes_gives_the_weighted_log_ratio_that_its_sources_give():
+    found = router(one=["a"], two=["b"])
+    # "a" gives the features word "a", pairs "^ a" and "a $", triple "^ a $", letters "<a>": each 1 of 2 rows, all in "one".
+    rate = (1 + 1) / 2
+    inside, outside = (1 + 10 * rate) / (1 + 10), (0 + 10 * rate) / (1 + 10)
+    weight = 1.0 + 2 * 0.5 + 0.5 + 0.2
+    assert found.bayes("a") == pytest.approx({"one": weight * log(inside / rate), "two": weight * log(outside / rate)})
+
+
+def test_ridge_regression_is_the_one_that_all_rows_at_once_give():
+    found = router(Colours=COLOURS, Animals=ANIMALS)
+    rows = np.stack([hashed(prompt) for prompt in [*ANIMALS, *COLOURS]])
+    targets = np.array([[0.0, 1.0]] * len(ANIMALS) + [[1.0, 0.0]] * len(COLOURS))
+    # the same minimum, by least squares over the rows with the ridge as extra rows
+    ridged = np.vstack([rows, np.sqrt(RIDGE) * np.eye(WIDTH)])
+    expected = np.linalg.lstsq(ridged, np.vstack([targets, np.zeros((WIDTH, 2))]), rcond=None)[0]
+    assert np.allclose(found.weights, expected, atol=1e-3)
+
+
+def test_a_small_task_is_not_swallowed_by_a_large_one():
+    found = router(Large=[f"{word} {prompt}" for word in "abcdefgh" for prompt in COLOURS], Small=ANIMALS[:3])
+    assert found.route(ANIMALS[10]) == "Small"
+
+
+def test_the_order_of_tasks_and_rows_does_not_matter():
+    first, second = router(Colours=COLOURS, Animals=ANIMALS), router(Animals=ANIMALS[::-1], Colours=COLOURS)
+    assert first.scores("the red cat now") == pytest.approx(second.scores("the red cat now"))
+
+
+def test_rows_that_are_taken_away_are_as_if_they_had_never_been_learned(tmp_path):
+    found, never = router(Colours=COLOURS, Animals=ANIMALS), router(Colours=COLOURS, Animals=ANIMALS[5:])
+    found.add("Animals", ANIMALS[:5], sign=-1)
+    assert found.counts == never.counts and found.rows == never.rows
+    assert np.allclose(found.gram, never.gram, atol=1e-5) and np.allclose(found.weights, never.weights, atol=1e-3)
+
+
+def test_a_saved_router_is_the_same_router_and_equal_ones_are_equal_files(tmp_path):
+    found = router(Colours=COLOURS, Animals=ANIMALS)
+    for name, one in (("a", found), ("b", router(Colours=COLOURS, Animals=ANIMALS))):
+        (tmp_path / name).mkdir()
+        one.save(tmp_path / name)
+    assert folder_digest(tmp_path / "a") == folder_digest(tmp_path / "b")
+    again = Router.load(tmp_path / "a")
+    assert again.scores("red cat") == pytest.approx(found.scores("red cat")) and again.tasks == found.tasks
+    assert is_routed(tmp_path / "a") and not is_routed(tmp_path) and not is_routed(None)
+
+
+def test_what_the_person_said_is_routed_and_nothing_else():
+    turns = [("system", "cat"), ("user", "red"), ("assistant", "dog"), ("user", "and now?")]
+    assert asked(Message(role=role, content=text) for role, text in turns) == "red\nand now?"
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learn(order_for, train, tmp_path):
+    """Return a function that learns one task of TASKS over what was learned before, and returns what was seen."""
+
+    def do(folder: str, task: str, before=None, stop_before: int | None = None, rows=None, **changes):
+        file, place = tmp_path / f"{folder}.rows.jsonl", tmp_path / folder
+        dump([Row(**row) for row in rows or make_rows(24, TASKS[task])], file)
+        known = {} if before is None else {
+            "adapter": Path(before.trained.folder), "kept": before.kept, "kept_tasks": before.kept_tasks,
+        }  # fmt: skip
+        seen_exams = [Exam(snapshot_id=9, task=task, split="validation", file=file)]
+        fields = {"strategy": "adapters", "task": task, "training": ENOUGH, "after": seen_exams} | known | changes
+        order = order_for(folder, **fields)
+        order = order.model_copy(update={"rows": file})
+        seen = train(order, stop_before=stop_before)
+        kept = place / "kept.jsonl"
+        seen.kept, seen.kept_tasks = dict(order.kept), dict(order.kept_tasks)
+        if kept.exists():
+            seen.kept[str(len(seen.kept) + 1)], seen.kept_tasks[str(len(seen.kept_tasks) + 1)] = kept, task
+        seen.place = Path(seen.trained.folder) if seen.trained else None
+        return seen
+
+    return do
+
+
+def test_a_second_task_leaves_the_first_ones_adapter_bit_by_bit_as_it_was(learn):
+    first = learn("one", "Colours")
+    second = learn("two", "Animals", first)
+    assert first.trained.weights_kind == second.trained.weights_kind == "routed"
+    assert folder_digest(first.place / "adapters/0000") == folder_digest(second.place / "adapters/0000")
+    assert folder_digest(second.place / "adapters/0001") != folder_digest(second.place / "adapters/0000")
+    assert json.loads((second.place / "routes.json").read_text())["folders"] == {
+        "Colours": "adapters/0000", "Animals": "adapters/0001",
+    }  # fmt: skip
+
+
+def test_both_tasks_are_answered_after_the_second_where_naive_training_loses_the_first(
+    learn, order_for, train, tmp_path
+):
+    files = {task: tmp_path / f"{task}.jsonl" for task in ("Colours", "Animals")}
+    for task, file in files.items():
+        dump([Row(**row) for row in make_rows(24, TASKS[task])], file)
+    exams = [Exam(snapshot_id=i, task=task, split="test", file=file) for i, (task, file) in enumerate(files.items())]
+    first = learn("one", "Colours", after=exams)
+    second = learn("two", "Animals", first, after=exams, strategy_settings={"start": "base"})
+    assert [m.exact_match for m in first.measured][0] == 1.0
+    assert [m.exact_match for m in second.measured] == [1.0, 1.0]
+    lines = [json.loads(line) for line in Path(second.measured[0].outcomes).read_text().splitlines()]
+    assert {line["route"] for line in lines} == {"Colours"}, "the outcome says which adapter answered"
+    before, after = (Path(seen.measured[0].outcomes).read_text().splitlines() for seen in (first, second))
+    assert [json.loads(line)["loss"] for line in before] == pytest.approx([json.loads(line)["loss"] for line in after])
+    naive = train(order_for("n1", training=ENOUGH, after=exams))
+    naive = train(order_for("n2", training=ENOUGH, after=exams, adapter=Path(naive.trained.folder)).model_copy(
+        update={"rows": files["Animals"]}))  # fmt: skip
+    assert naive.measured[0].exact_match <= 0.25 < naive.measured[1].exact_match
+
+
+def test_a_task_that_comes_again_is_trained_on_in_its_own_adapter_with_its_own_rows_alone(learn):
+    first = learn("one", "Colours", strategy_settings={"rows_share": 0.5})
+    second = learn("two", "Animals", first, strategy_settings={"rows_share": 0.5})
+    third = learn("three", "Colours", second)
+    assert folder_digest(third.place / "adapters/0001") == folder_digest(second.place / "adapters/0001")
+    assert folder_digest(third.place / "adapters/0000") != folder_digest(second.place / "adapters/0000")
+    assert third.trained.figures["rehearsed"] == {"1": 24, "2": 0}, "rows of the same adapter, at half of the mix"
+    assert Router.load(third.place).tasks == ["Animals", "Colours"], "the last one learned stands last"
+
+
+def test_a_task_that_cannot_be_told_from_a_past_one_shares_its_adapter(learn):
+    first = learn("one", "Colours", strategy_settings={"rows_share": 0.5})
+    same_words = [row | {"response": "it is " + row["response"]} for row in make_rows(24, TASKS["Colours"])]
+    shared = learn("two", "More colours", first, rows=same_words, strategy_settings={"same_above": 0.01})
+    if shared.trained.figures["strategy"]["routed_to"].get("Colours", 0) <= 0.01:
+        pytest.fail(f"the probe told equal prompts apart: {shared.trained.figures['strategy']}")
+    assert shared.trained.figures["strategy"]["adapters"] == 1
+    assert shared.trained.figures["rehearsed"] == {"1": 24}
+    apart = learn("three", "More colours", first, rows=same_words, strategy_settings={"same_above": 1.0})
+    assert apart.trained.figures["strategy"]["adapters"] == 2
+
+
+def test_a_new_adapter_begins_where_the_last_one_ended_or_with_nothing_learned(learn):
+    first = learn("one", "Colours")
+    losses = {
+        start: learn(start, "Animals", first, strategy_settings={"start": start}).steps[0].loss
+        for start in ("previous", "base")
+    }
+    fresh = learn("fresh", "Animals").steps[0].loss
+    assert losses["base"] == pytest.approx(fresh) and losses["previous"] != pytest.approx(fresh)
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.0, 0), (0.25, 6), (1.0, 24)])
+def test_a_share_of_the_rows_is_kept(share, rows):
+    new = [Row(**row) for row in make_rows(24, TASKS["Colours"])]
+    assert len(made("adapters", {"rows_share": share}, 0).keep(new, random.Random(0))) == rows
+
+
+def test_the_share_of_rehearsal_is_that_of_the_mix(learn):
+    first = learn("one", "Colours", strategy_settings={"rows_share": 0.5})
+    again = learn("two", "Colours", first, strategy_settings={"share": 0.25})
+    assert again.trained.figures["rehearsed"] == {"1": 8}, "8 of 32"
+
+
+def test_a_killed_run_ends_with_the_same_folder(learn):
+    first = learn("one", "Colours")
+    whole = learn("two", "Animals", first)
+    learn("three", "Animals", first, stop_before=20, training=ENOUGH | {"checkpoint_every_s": 0.1})
+    again = learn("three", "Animals", first)
+    assert folder_digest(again.place) == folder_digest(whole.place)
+
+
+def test_a_single_adapter_and_learned_full_weights_are_refused_with_what_to_do(
+    learn, order_for, train, tiny_model, tmp_path
+):
+    single = Path(train(order_for("single")).trained.folder)
+    with pytest.raises(BadSettings, match="Start from v0"):
+        learn("one", "Colours", adapter=single)
+    with pytest.raises(BadSettings, match="Start from v0"):
+        learn("two", "Colours", root=tmp_path)
+
+
+# --- what uses it ----------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_answered_through_the_adapter_of_its_task(learn, tiny_model, tmp_path):
+    second = learn("two", "Animals", learn("one", "Colours"))
+    backend = Transformers(tiny_model, second.place, threads=1, converted=tmp_path / "none")
+    for task in ("Colours", "Animals", "Colours"):
+        row = Row(**make_rows(4, TASKS[task])[0])
+        pieces = backend.stream([Message(role="user", content=row.prompt)], ChatOptions(max_tokens=12), lambda: False)
+        assert "".join(piece.text for piece in pieces).strip() == row.response
+
+
+def test_objects_link_what_the_parent_has_and_copy_what_is_new(tmp_path):
+    objects = Objects(tmp_path / "store")
+    for name, content in (("first", {"a": "same", "b": "old"}), ("second", {"a": "same", "b": "new"})):
+        (tmp_path / name).mkdir()
+        for file, text in content.items():
+            (tmp_path / name / file).write_text(text)
+    parent = objects.path(objects.put(tmp_path / "first"))
+    child = objects.path(objects.put(tmp_path / "second", alike=parent))
+    assert (child / "a").samefile(parent / "a") and not (child / "b").samefile(parent / "b")
+    assert (child / "b").read_text() == "new" and (parent / "b").read_text() == "old"
+    objects.verify(child.name)
+
+
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("situation", "settings", "strategy", "says"),
+    [
+        (Situation("base", 10**7, 0, 1000, ""), {}, "adapters", "only the router"),
+        (Situation("routed", 10**7, 5, 1000, "lora"), {}, "adapters", "only the router"),
+        (Situation("adapter", 10**7, 1, 1000, ""), {}, "replay", "holds 1 learned task in one set of weights"),
+        (Situation("full", 10**7, 3, 1000, "full"), {}, "replay", "3 learned tasks"),
+        (Situation("base", 10**7, 0, 1000, "full"), {}, "replay", "method full was asked for"),
+        (Situation("full", 10**7, 3, 1000, ""), {"may_keep_rows": False}, "lwf", "no old rows may be kept"),
+    ],
+)
+def test_auto_takes_what_suits_the_line_of_versions_and_says_why(situation, settings, strategy, says):
+    choice = choose("auto", settings, situation)
+    assert choice.strategy == strategy and says in choice.why
+    part_of(choice.strategy).Settings(**choice.settings)  # its settings are those of the one it chose
+
+
+def test_auto_keeps_no_more_than_its_share_of_rows():
+    full, routed = Situation("full", 10**7, 3, 1000, ""), Situation("routed", 10**7, 3, 1000, "")
+    assert choose("auto", {"rows_share": 0.02}, full).settings == {"rows_per_task": 20}
+    assert choose("auto", {"rows_share": 0.02}, routed).settings == {"rows_share": 0.02}
+    assert choose("auto", {"may_keep_rows": False}, routed).settings == {"rows_share": 0.0}
+
+
+def test_any_other_strategy_is_taken_as_it_was_asked_for():
+    assert choose("replay", {"share": 0.2}, Situation("base", 1, 0, 1, "")) == ("replay", {"share": 0.2}, "")
+
+
+# --- several at once -------------------------------------------------------------------------------------------------
+
+
+def test_strategies_that_cannot_work_together_are_refused_with_a_sentence():
+    for name, says in (("replay+replay", "twice"), ("adapters+ewc", "works alone"), ("replay+herding", "both decide")):
+        with pytest.raises(BadSettings, match=says):
+            part_of(name)
+    with pytest.raises(BadSettings, match="not among the strategies"):
+        part_of("replay+abacus")
