@@ -20,7 +20,7 @@ from clm_app.strategies._base import Situation
 from clm_app.strategies._combined import choose, made, part_of
 from clm_app.workspace import Workspace
 from store.db import record
-from store.tables import Job
+from store.tables import Job, Version
 from store.tables._columns import now
 from store.tables.work import ENDED
 
@@ -100,11 +100,29 @@ def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish) -> None:
     """Look for the version to start from and, where no other job has to end first, for room to train it now."""
     parent = versions.by_name(workspace, wish.start_from)
     base, _ = versions.weights(workspace, parent)
+    _refuse_a_parent_of_another_kind(wish, parent)
     with workspace.read() as session:
         if session.exec(select(Job.id).where(Job.status.not_in(ENDED))).first() is not None:
             return
     kind, knobs = pick("clm_app.methods", wish.method_for(parent.parameters)).weights_kind, wish.training
     refuse_what_does_not_fit(parent.parameters, base, kind, knobs.batch_rows, knobs.max_tokens, workspace.home)
+
+
+def _refuse_a_parent_of_another_kind(wish: LearnWish, parent: Version) -> None:
+    """One set of weights cannot go on from task adapters, nor task adapters from one set of weights."""
+    first = Situation(parent.kind, parent.parameters, int(parent.run_id is not None), new_rows=0, method=wish.method)
+    chosen = choose(wish.strategy, wish.strategy_settings, first).strategy
+    is_routed = part_of(chosen).weights_kind == "routed"
+    if parent.kind == "routed" and (wish.compare_naive or not is_routed):
+        raise BadSettings(
+            f"{parent.name} has one adapter per task, and {'naive' if is_routed else chosen} trains one set of weights. "
+            f"{'Leave out the naive comparison' if is_routed else 'Choose strategy adapters'}, or start from v0."
+        )
+    if is_routed and parent.kind in ("adapter", "full"):
+        raise BadSettings(
+            f"{parent.name} holds what it learned in one set of weights, and {chosen} needs a bare base or task adapters. "
+            "Start from v0, or choose strategy replay, which goes on from it."
+        )
 
 
 def cancel(workspace: Workspace, job_id: int, by: str) -> Job:

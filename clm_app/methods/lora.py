@@ -51,6 +51,8 @@ class Lora(Method):
         """
         from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+        from clm_app.engine.dense_lora import make_dense
+
         if adapter is not None:
             config = PeftConfig.from_pretrained(adapter)
             for knob, found in (("rank", config.r), ("alpha", config.lora_alpha)):
@@ -63,14 +65,17 @@ class Lora(Method):
                 self.settings.dropout,
                 False,
             )  # dropout may change from run to run
-            return PeftModel.from_pretrained(base, adapter, config=config, is_trainable=True)
-        return get_peft_model(
-            base,
-            LoraConfig(
-                r=self.settings.rank, lora_alpha=self.settings.alpha, lora_dropout=self.settings.dropout,
-                target_modules="all-linear", task_type="CAUSAL_LM",
-            ),
-        )  # fmt: skip
+            model = PeftModel.from_pretrained(base, adapter, config=config, is_trainable=True)
+        else:
+            model = get_peft_model(
+                base,
+                LoraConfig(
+                    r=self.settings.rank, lora_alpha=self.settings.alpha, lora_dropout=self.settings.dropout,
+                    target_modules="all-linear", task_type="CAUSAL_LM",
+                ),
+            )  # fmt: skip
+        make_dense(model)
+        return model
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the adapter alone; equal weights give equal files, so PEFT's set of layer names is put in order."""
