@@ -142,7 +142,8 @@ class Router:
         text = json.dumps({"folders": self.folders, "rows": {t: self.rows[t] for t in self.tasks}, "counts": counts})
         (folder / FILE).write_text(text, encoding="utf-8")
         upper = self.gram[np.triu_indices(WIDTH)]
-        np.savez(folder / SUMS, gram=upper, sums=np.stack([self.sums[task] for task in self.tasks]))
+        sums = np.array([self.sums[task] for task in self.tasks], np.float32).reshape(-1, WIDTH)
+        np.savez(folder / SUMS, gram=upper, sums=sums)
 
     @classmethod
     def load(cls, folder: Path) -> Router:

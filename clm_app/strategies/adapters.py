@@ -37,7 +37,8 @@ class AdaptersSettings(BaseModel):
         0.05, ge=0, le=1, description="share of a task's rows kept, rehearsed where its adapter is trained again"
     )
     start: Literal["previous", "base"] = Field(
-        "previous", description="where a new task's adapter begins: a copy of the last one trained, or nothing learned"
+        "base",
+        description='where a new task\'s adapter begins: a copy of the last one trained, or nothing learned (better: LOG.md, "Which strategy")',
     )
     same_above: float = Field(
         0.3, gt=0, le=1, description="a new task shares the adapter of a past one if more than this share of its "
