@@ -51,16 +51,16 @@ class LearnWish(BaseModel):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise BadData(f"The stream names {min(twice)!r} twice; a task is learned once in a stream. Remove one.")
+        if self.method:
+            pick("clm_app.methods", self.method).Settings(**self.method_settings)
+        elif self.method_settings:
+            raise BadSettings("method_settings are given without a method. Name the method they belong to.")
         way = made(self.strategy, self.strategy_settings, seed=0)
         if self.method and self.method not in way.methods:
             raise BadSettings(
                 f"Strategy {self.strategy} does not work with method {self.method}; it works with {', '.join(way.methods)}. "
                 "Choose one of these, or leave the method empty."
             )
-        if self.method:
-            pick("clm_app.methods", self.method).Settings(**self.method_settings)
-        elif self.method_settings:
-            raise BadSettings("method_settings are given without a method. Name the method they belong to.")
         return self
 
     def method_for(self, parameters: int, strategy: str = "") -> str:

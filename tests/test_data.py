@@ -172,7 +172,7 @@ def test_a_wish_for_what_is_unknown_is_refused(workspace, rows_file):
     assert "There is no task 'Nothing' and no file for it. Add the file" in refusal(
         workspace, ask, workspace, LearnWish(stream=[{"name": "Nothing"}]), "local"
     )
-    assert "'abacus' is not among the strategies: naive, replay" in refusal(
+    assert "'abacus' is not among the strategies: adapters, auto, der" in refusal(
         workspace, lambda: wish_for(file, strategy="abacus")
     )
     assert "'abacus' is not among the methods" in refusal(workspace, lambda: wish_for(file, method="abacus"))

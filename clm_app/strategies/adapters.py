@@ -38,7 +38,7 @@ class AdaptersSettings(BaseModel):
     )
     start: Literal["previous", "base"] = Field(
         "base",
-        description='where a new task\'s adapter begins: a copy of the last one trained, or nothing learned (better: LOG.md, "Which strategy")',
+        description="where a new task's adapter begins: with nothing learned, or as a copy of the last one trained",
     )
     same_above: float = Field(
         0.3, gt=0, le=1, description="a new task shares the adapter of a past one if more than this share of its "
