@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import sys
 import warnings
@@ -125,7 +126,8 @@ def write(file: Path | None, figures: list[Figure], settings: dict, raw: object 
         return
     content = {
         "figures": [f._asdict() for f in figures], "settings": settings,
-        "hardware": hardware.description() | {"load_at_end": [round(load, 2) for load in psutil.getloadavg()]},
+        "hardware": hardware.description()
+        | {"system": platform.system(), "load_at_end": [round(load, 2) for load in psutil.getloadavg()]},
         "libraries": libraries(), "code": code_version(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "raw": raw,
     }  # fmt: skip
