@@ -180,7 +180,7 @@ def test_a_wish_for_what_is_unknown_is_refused(workspace, rows_file):
         wish_for(file, training={"epochs": 0})
     assert plain(caught.value) == "training.epochs is 0: Input should be greater than 0. Correct it and try again."
     with pytest.raises((ValidationError, BadSettings)) as caught:
-        wish_for(file, strategy_settings={"share": 2})
+        wish_for(file, strategy="replay", strategy_settings={"share": 2})
     assert "share is 2: Input should be less than or equal to 0.9" in plain(caught.value)
 
 
