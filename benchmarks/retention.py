@@ -269,7 +269,7 @@ def show(
 
 
 def bars(by_arm: dict[str, list[dict]], arms: list[Arm], judged: bool) -> list[report.Figure]:
-    """Return what the default is held to, over the orders; naive and joint of the default's own method."""
+    """Return what the default is held to, over the orders; naive of its own method, and the best joint of any."""
     ours = next((arm for arm in arms if arm.strategy == DEFAULT_STRATEGY), None)
     if ours is None:
         return []
@@ -277,12 +277,17 @@ def bars(by_arm: dict[str, list[dict]], arms: list[Arm], judged: bool) -> list[r
         by_arm[a.text] for a in sorted(arms, key=lambda a: a.method != ours.method) if a.strategy == strategy
     )
     gap = lambda a, b, key: mean(x[key] - y[key] for x, y in zip(a, b, strict=True))  # noqa: E731
-    own, naive, joint = by_arm[ours.text], of(NAIVE), of(JOINT)
+    own, naive = by_arm[ours.text], of(NAIVE)
+    joint = max(
+        (by_arm[a.text] for a in arms if a.strategy == JOINT), key=lambda found: mean(o["accuracy"] for o in found)
+    )
     times = mean(x["cpu_seconds"] / y["cpu_seconds"] for x, y in zip(own, naive, strict=True))
     return [
         report.figure("naive: backward transfer", mean(one["bwt"] for one in naive), at_most=-0.20, judged=judged),
         report.figure(f"{ours.text}: forgetting", mean(o["forgetting"] for o in own), at_most=0.02, judged=judged),
-        report.figure(f"joint accuracy minus {ours.text}", gap(joint, own, "accuracy"), at_most=0.02, judged=judged),
+        report.figure(
+            f"best joint accuracy minus {ours.text}", gap(joint, own, "accuracy"), at_most=0.02, judged=judged
+        ),
         report.figure(f"{ours.text}: CPU time of training over naive", times, at_most=1.35, judged=judged),
         report.figure(f"naive just learned minus {ours.text}", gap(naive, own, "learned"), at_most=0.01, judged=judged),
     ]
@@ -323,13 +328,9 @@ def plot(streams: dict[tuple[str, int], Stream], arms: list[Arm], seeds: list[in
         height = mean(streams[arm.text, seed].summary()["accuracy"] for seed in seeds)
         axis.axhline(height, color="#64748b", linewidth=1.1, linestyle=(0, (5, 4)), zorder=0)
         axis.annotate(
-            f"{arm.text}: all tasks at once",
-            (1, height),
-            (0, 4),
-            textcoords="offset points",
-            color="#64748b",
-            fontsize=9,
-        )
+            f"{arm.text}: all at once", (count * 1.3, height), (0, -4), textcoords="offset points", color="#64748b",
+            fontsize=9, ha="right", va="top",
+        )  # fmt: skip
     axis.set(xlabel="tasks learned", ylim=(0, 1.05), xlim=(0.7, count * 1.3), xticks=places)
     axis.set_title(f"Exact match on TEST over the tasks seen, mean of {len(seeds)} orders", loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
