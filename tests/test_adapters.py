@@ -9,16 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlmodel import select
 
 from clm_app.data.rows import Row, dump
 from clm_app.engine.order import Exam
 from clm_app.errors import BadSettings
+from clm_app.registry import versions
+from clm_app.registry.versions import STARTER
 from clm_app.routes import BASE, RIDGE, WIDTH, Router, asked, hashed, is_routed
+from clm_app.serving.backends.llama_cpp import LlamaCpp
 from clm_app.serving.backends.transformers import Transformers
 from clm_app.serving.chat import ChatOptions, Message
+from clm_app.serving.choice import choose as choose_backend
 from clm_app.strategies._base import Situation
 from clm_app.strategies._combined import choose, made, part_of
+from clm_app.wishes import LearnWish, ask
 from store.objects import Objects, folder_digest
+from store.tables import Job, Run, Snapshot, Task, Version
 from tests.smallest import TASKS, make_rows
 
 COLOURS, ANIMALS = ([row["prompt"] for row in make_rows(24, TASKS[name])] for name in ("Colours", "Animals"))
@@ -231,6 +238,61 @@ def test_a_conversation_is_answered_through_the_adapter_of_its_task(learn, tiny_
         row = Row(**make_rows(4, TASKS[task])[0])
         pieces = backend.stream([Message(role="user", content=row.prompt)], ChatOptions(max_tokens=12), lambda: False)
         assert "".join(piece.text for piece in pieces).strip() == row.response
+
+
+def test_llama_cpp_leaves_a_version_with_an_adapter_per_task_to_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaCpp, "is_available", classmethod(lambda cls: None))
+    Router().save(tmp_path)
+    assert choose_backend("auto", STARTER)[0] == "llama_cpp"
+    backend, why = choose_backend("auto", STARTER, tmp_path)
+    assert backend == "transformers" and "an adapter per task" in why
+
+
+@pytest.mark.parametrize(
+    ("kind", "wish", "says"),
+    [
+        (
+            "routed",
+            {"strategy": "replay"},
+            "replay trains one set of weights. Choose strategy adapters, or start from v0",
+        ),
+        ("routed", {"compare_naive": True}, "Leave out the naive comparison, or start from v0"),
+        (
+            "full",
+            {"strategy": "adapters"},
+            "adapters needs a bare base or task adapters. Start from v0, or choose strategy replay",
+        ),
+        ("adapter", {"strategy": "adapters"}, "Start from v0"),
+        ("routed", {}, None),
+        ("full", {}, None),
+    ],
+)
+def test_a_version_of_another_kind_is_refused_before_anything_is_written(kind, wish, says, workspace, rows_file):
+    base = versions.base_version(workspace)
+    with workspace.write() as session:
+        job = Job(kind="learn")
+        task = Task(name="past", key="past")
+        session.add_all([job, task])
+        session.flush()
+        taken = Snapshot(task_id=task.id, object="", train_rows=1, validation_rows=1, test_rows=1, source="")
+        session.add(taken)
+        session.flush()
+        run = Run(job_id=job.id, position=0, task_id=task.id, snapshot_id=taken.id, parent_version_id=base.id, folder="",
+                  strategy="", method="", seed=0, track="main")  # fmt: skip
+        session.add(run)
+        session.flush()
+        session.add(Version(name="v1", kind=kind, run_id=run.id, parent_id=base.id, base_path=base.base_path,
+                            base_digest=base.base_digest, object=workspace.objects.put(STARTER), parameters=1000))  # fmt: skip
+        job.status = "done"
+        session.add(job)
+    asked_for = LearnWish(stream=[{"name": "Next", "path": str(rows_file(40))}], start_from="v1", **wish)
+    if says is None:
+        assert ask(workspace, asked_for, "local").status == "asked"
+        return
+    with pytest.raises(BadSettings, match=says):
+        ask(workspace, asked_for, "local")
+    with workspace.read() as session:
+        assert len(session.exec(select(Job)).all()) == 1, "nothing is kept of a refused wish"
 
 
 def test_objects_link_what_the_parent_has_and_copy_what_is_new(tmp_path):

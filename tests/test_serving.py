@@ -319,7 +319,7 @@ def test_auto_takes_llama_cpp_where_it_can_and_says_why_not(folder, monkeypatch)
     fast = shelf("clm_app.serving.backends")["llama_cpp"]
     monkeypatch.setattr(fast, "is_available", classmethod(lambda cls: None))
     assert choose("auto", folder)[0] == "llama_cpp" and choose("transformers", folder)[0] == "transformers"
-    monkeypatch.setattr(fast, "supports", classmethod(lambda cls, base: "It is too odd."))
+    monkeypatch.setattr(fast, "supports", classmethod(lambda cls, base, adapter=None: "It is too odd."))
     assert choose("auto", folder) == ("transformers", "It is too odd.")
     monkeypatch.setattr(fast, "is_available", classmethod(lambda cls: "Install it."))
     assert choose("auto", folder) == ("transformers", "Install it.")

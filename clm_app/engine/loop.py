@@ -59,7 +59,8 @@ class Engine:
         self.hidden_share = self.knobs.prompt_dropout
         if self.hidden_share is None:
             self.hidden_share = 0.1 if sizes(model)["parameters"] < SMALL_MODEL else 0.0
-        measured = self._exams(self.parent() if start != self.order.adapter else model, self.order.before, "before")
+        is_parent = start == self.order.adapter or not self.order.before
+        measured = self._exams(model if is_parent else self.parent(), self.order.before, "before")
         done = self.train(model)
         tested = self.answering(model, Path(done.folder))
         return done, measured + self._exams(tested, self.order.after, "after")
