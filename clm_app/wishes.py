@@ -113,10 +113,10 @@ def _refuse_a_parent_of_another_kind(wish: LearnWish, parent: Version) -> None:
     first = Situation(parent.kind, parent.parameters, int(parent.run_id is not None), new_rows=0, method=wish.method)
     chosen = choose(wish.strategy, wish.strategy_settings, first).strategy
     is_routed = part_of(chosen).weights_kind == "routed"
-    if parent.kind == "routed" and (wish.compare_naive or not is_routed):
+    if parent.kind == "routed" and not is_routed:
         raise BadSettings(
-            f"{parent.name} has one adapter per task, and {'naive' if is_routed else chosen} trains one set of weights. "
-            f"{'Leave out the naive comparison' if is_routed else 'Choose strategy adapters'}, or start from v0."
+            f"{parent.name} has one adapter per task, and {chosen} trains one set of weights. "
+            "Choose strategy adapters, or start from v0."
         )
     if is_routed and parent.kind in ("adapter", "full"):
         raise BadSettings(

@@ -143,7 +143,10 @@ class Cycle:
             return made
         first = session.exec(select(Run).where(Run.job_id == self.job.id, Run.position == 0, Run.track == MAIN)).first()
         if first:  # the comparison starts where the main track started, wherever live has moved since
-            return session.get_one(Version, first.parent_version_id)
+            start = session.get_one(Version, first.parent_version_id)
+            while track != MAIN and start.kind == "routed":  # naive trains one set of weights: from the base under them
+                start = session.get_one(Version, start.parent_id)
+            return start
         return versions.by_name(self.workspace, self.wish.start_from)
 
     def write_order(self, run: Run, taken: Snapshot) -> Order:

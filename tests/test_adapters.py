@@ -256,7 +256,7 @@ def test_llama_cpp_leaves_a_version_with_an_adapter_per_task_to_transformers(tmp
             {"strategy": "replay"},
             "replay trains one set of weights. Choose strategy adapters, or start from v0",
         ),
-        ("routed", {"compare_naive": True}, "Leave out the naive comparison, or start from v0"),
+        ("routed", {"compare_naive": True}, None),
         (
             "full",
             {"strategy": "adapters"},
