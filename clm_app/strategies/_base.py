@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from clm_app.data.rows import Row
+from clm_app.errors import BadSettings
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,18 @@ class Strategy:
     def refuse(self, order: Order) -> None:
         """Raise before anything is loaded where what this strategy needs is not there.
 
+        One set of weights cannot go on from a set of task adapters: that is refused here, for every strategy alike.
+
         Raises:
             BadSettings: the sentence says what is missing and what to do.
         """
+        from clm_app.routes import is_routed
+
+        if self.weights_kind != "routed" and is_routed(order.adapter):
+            raise BadSettings(
+                f"The version to start from has an adapter for each task, and {self.title} works on one set of weights. "
+                "Go on with strategy adapters, or start from v0."
+            )
 
     def begin_from(self, order: Order) -> Path | None:
         """Return the folder of the adapter to train on; None begins a fresh one, or goes on from full weights."""

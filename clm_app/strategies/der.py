@@ -65,6 +65,7 @@ class Der(Replay):
 
     def refuse(self, order: Order) -> None:
         """Refuse stored answers whose token ids mean other tokens here."""
+        super().refuse(order)
         if order.state is None:
             return
         from safetensors import safe_open

@@ -63,6 +63,7 @@ class Ewc(Strategy):
 
     def refuse(self, order: Order) -> None:
         """Refuse importances that are of another model's weights."""
+        super().refuse(order)
         if order.state is None:
             return
         from safetensors import safe_open

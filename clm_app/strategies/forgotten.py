@@ -57,6 +57,7 @@ class Forgotten(Replay):
 
     def refuse(self, order: Order) -> None:
         """Refuse a state that says nothing of losses."""
+        super().refuse(order)
         if order.state and not (order.state / FILE).exists():
             raise BadSettings(
                 f"{order.state} holds no {FILE}, which a run of this strategy leaves. Start from a version that was learned "

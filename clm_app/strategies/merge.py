@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clm_app.errors import BadSettings
-from clm_app.routes import is_routed
 from clm_app.strategies._base import Strategy
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
     from clm_app.engine.loop import Engine
     from clm_app.engine.merging import Delta
-    from clm_app.engine.order import Order
 
 
 class MergeSettings(BaseModel):
@@ -57,14 +54,6 @@ class Merge(Strategy):
     def __init__(self, settings, seed: int) -> None:
         super().__init__(settings, seed)
         self._parent: dict[str, torch.Tensor] = {}
-
-    def refuse(self, order: Order) -> None:
-        """Refuse a parent that is a set of adapters."""
-        if order.adapter is not None and is_routed(order.adapter):
-            raise BadSettings(
-                "The version to start from has an adapter for each task, and merging is of one set of weights. "
-                "Go on with strategy adapters, or start from v0."
-            )
 
     def prepare(self, engine: Engine, model: torch.nn.Module) -> None:
         """Remember the version before."""

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clm_app.errors import BadSettings
-from clm_app.routes import is_routed
 from clm_app.strategies._base import Strategy
 
 if TYPE_CHECKING:
@@ -51,13 +49,9 @@ class Olora(Strategy):
 
     def refuse(self, order: Order) -> None:
         """Refuse a parent that is a set of adapters, or an adapter that cannot stand beside another one."""
+        super().refuse(order)
         if order.adapter is None:
             return
-        if is_routed(order.adapter):
-            raise BadSettings(
-                "The version to start from has an adapter for each task, and O-LoRA stands on a single one. "
-                "Go on with strategy adapters, or start from v0."
-            )
         from clm_app.engine.merging import config_of
 
         config_of(order.adapter)

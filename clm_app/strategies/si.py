@@ -57,6 +57,7 @@ class Si(Strategy):
 
     def refuse(self, order: Order) -> None:
         """Refuse importances that are of other parameters than this run trains."""
+        super().refuse(order)
         if order.state is None:
             return
         from safetensors import safe_open

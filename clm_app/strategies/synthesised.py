@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from clm_app.data.rows import Row, dump, load
-from clm_app.errors import BadSettings
-from clm_app.routes import is_routed
 from clm_app.strategies._base import Strategy
 from clm_app.strategies.replay import draw_evenly, rehearsal
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from clm_app.engine.loop import Engine
-    from clm_app.engine.order import Order
 
 ROWS = 32  # written at once
 TRIES = 5  # times `rows` that are written at most, until so many have passed
@@ -66,14 +63,6 @@ class Synthesised(Strategy):
     def __init__(self, settings, seed: int) -> None:
         super().__init__(settings, seed)
         self._rows: list[Row] = []
-
-    def refuse(self, order: Order) -> None:
-        """Refuse a parent that is a set of adapters: which of them writes is not known before there is a prompt."""
-        if order.adapter is not None and is_routed(order.adapter):
-            raise BadSettings(
-                "The version to start from has an adapter for each task, and none of them knows which is to write. "
-                "Go on with strategy adapters, or start from v0."
-            )
 
     def prepare(self, engine: Engine, model: torch.nn.Module) -> None:
         """Let the version before write the rows, or read what it wrote before this run was cut off."""

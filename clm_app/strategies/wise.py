@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from clm_app.data.rows import Row, load
 from clm_app.errors import BadSettings
-from clm_app.routes import is_routed
 from clm_app.strategies._base import Strategy
 
 if TYPE_CHECKING:
@@ -62,11 +61,7 @@ class Wise(Strategy):
 
     def refuse(self, order: Order) -> None:
         """Refuse a parent that is a set of adapters, and a search without rows to measure."""
-        if order.adapter is not None and is_routed(order.adapter):
-            raise BadSettings(
-                "The version to start from has an adapter for each task, and there is no line between sets of them. "
-                "Go on with strategy adapters, or start from v0."
-            )
+        super().refuse(order)
         is_relearned = bool(order.after) and all(exam.task == order.task for exam in order.after)
         if order.has_learned and not order.held_out and not is_relearned:
             raise BadSettings(
