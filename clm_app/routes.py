@@ -46,10 +46,10 @@ def views(text: str) -> dict[str, set[str]]:
     }
 
 
-def hashed(text: str) -> np.ndarray:
-    """Return the text's features as a float32 vector (WIDTH,) of length 1; each falls on one place with one sign."""
+def hashed(seen: dict[str, set[str]]) -> np.ndarray:
+    """Return a text's views as a float32 vector (WIDTH,) of length 1; each feature falls on one place with one sign."""
     found = np.zeros(WIDTH, np.float32)
-    for view, features in views(text).items():
+    for view, features in seen.items():
         for feature in features if view in HASHED else ():
             place = zlib.crc32(f"{view}{feature}".encode())
             found[place % WIDTH] += HASHED[view] if place >> 31 else -HASHED[view]
@@ -75,14 +75,14 @@ class Router:
 
     def add(self, task: str, prompts: Iterable[str], sign: int = 1) -> None:
         """Count prompts as belonging to a task; sign -1 takes them away again."""
-        prompts = list(prompts)
+        seen = [views(prompt) for prompt in prompts]
         self.__dict__.pop("weights", None)
-        vectors = np.stack([hashed(prompt) for prompt in prompts]) if prompts else np.zeros((0, WIDTH), np.float32)
+        vectors = np.stack([hashed(one) for one in seen]) if seen else np.zeros((0, WIDTH), np.float32)
         self.gram += sign * (vectors.T @ vectors)
         self.sums[task] = self.sums.get(task, np.zeros(WIDTH, np.float32)) + sign * vectors.sum(0)
-        self.rows[task] += sign * len(prompts)
-        for prompt in prompts:
-            for view, features in views(prompt).items():
+        self.rows[task] += sign * len(seen)
+        for one in seen:
+            for view, features in one.items():
                 for feature in features:
                     self._count(view, feature, task, sign)
 
@@ -105,11 +105,11 @@ class Router:
         rows = np.array([max(self.rows[task], 1) for task in self.tasks], np.float32)
         return solved * np.sqrt(rows.mean() / rows)
 
-    def bayes(self, prompt: str) -> dict[str, float]:
-        """Return {task: log-likelihood ratio of the prompt against the background of all tasks}, in nats."""
+    def bayes(self, seen: dict[str, set[str]]) -> dict[str, float]:
+        """Return {task: log-likelihood ratio of a text's views against the background of all tasks}, in nats."""
         total = sum(self.rows.values())
         found = dict.fromkeys(self.tasks, 0.0)
-        for view, features in views(prompt).items():
+        for view, features in seen.items():
             for feature in features:
                 counts = self.counts[view].get(feature)
                 if counts is None:
@@ -120,17 +120,17 @@ class Router:
                     found[task] += VIEWS[view] * math.log(share / rate)
         return found
 
-    def scores(self, prompt: str) -> dict[str, float]:
-        """Return {task: how much speaks for it}, higher is likelier; only differences mean something."""
-        ridge, bayes = hashed(prompt) @ self.weights, self.bayes(prompt)
+    def scores(self, seen: dict[str, set[str]]) -> dict[str, float]:
+        """Return {task: how much speaks for it} for a text's views, higher is likelier; only differences count."""
+        ridge, bayes = hashed(seen) @ self.weights, self.bayes(seen)
         return {task: float(ridge[i]) + BAYES * bayes[task] for i, task in enumerate(self.tasks)}
 
     def route(self, prompt: str) -> str:
         """Return the likeliest task; BASE where no word of the prompt was ever seen."""
-        known = self.counts["word"]
-        if not any(word in known for word in views(prompt)["word"]):
+        seen = views(prompt)
+        if seen["word"].isdisjoint(self.counts["word"]):
             return BASE
-        found = self.scores(prompt)
+        found = self.scores(seen)
         return max(found, key=found.__getitem__)
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from clm_app.engine.order import Exam
 from clm_app.errors import BadSettings
 from clm_app.registry import versions
 from clm_app.registry.versions import STARTER
-from clm_app.routes import BASE, RIDGE, WIDTH, Router, asked, hashed, is_routed
+from clm_app.routes import BASE, RIDGE, WIDTH, Router, asked, hashed, is_routed, views
 from clm_app.serving.backends.llama_cpp import LlamaCpp
 from clm_app.serving.backends.transformers import Transformers
 from clm_app.serving.chat import ChatOptions, Message
@@ -60,12 +60,14 @@ def test_naive_bayes_gives_the_weighted_log_ratio_that_its_sources_give():
     rate = (1 + 1) / 2
     inside, outside = (1 + 10 * rate) / (1 + 10), (0 + 10 * rate) / (1 + 10)
     weight = 1.0 + 2 * 0.5 + 0.5 + 0.2
-    assert found.bayes("a") == pytest.approx({"one": weight * log(inside / rate), "two": weight * log(outside / rate)})
+    assert found.bayes(views("a")) == pytest.approx(
+        {"one": weight * log(inside / rate), "two": weight * log(outside / rate)}
+    )
 
 
 def test_ridge_regression_is_the_one_that_all_rows_at_once_give():
     found = router(Colours=COLOURS, Animals=ANIMALS)
-    rows = np.stack([hashed(prompt) for prompt in [*ANIMALS, *COLOURS]])
+    rows = np.stack([hashed(views(prompt)) for prompt in [*ANIMALS, *COLOURS]])
     targets = np.array([[0.0, 1.0]] * len(ANIMALS) + [[1.0, 0.0]] * len(COLOURS))
     # the same minimum, by least squares over the rows with the ridge as extra rows
     ridged = np.vstack([rows, np.sqrt(RIDGE) * np.eye(WIDTH)])
@@ -80,7 +82,7 @@ def test_a_small_task_is_not_swallowed_by_a_large_one():
 
 def test_the_order_of_tasks_and_rows_does_not_matter():
     first, second = router(Colours=COLOURS, Animals=ANIMALS), router(Animals=ANIMALS[::-1], Colours=COLOURS)
-    assert first.scores("the red cat now") == pytest.approx(second.scores("the red cat now"))
+    assert first.scores(views("the red cat now")) == pytest.approx(second.scores(views("the red cat now")))
 
 
 def test_rows_that_are_taken_away_are_as_if_they_had_never_been_learned(tmp_path):
@@ -97,7 +99,9 @@ def test_a_saved_router_is_the_same_router_and_equal_ones_are_equal_files(tmp_pa
         one.save(tmp_path / name)
     assert folder_digest(tmp_path / "a") == folder_digest(tmp_path / "b")
     again = Router.load(tmp_path / "a")
-    assert again.scores("red cat") == pytest.approx(found.scores("red cat")) and again.tasks == found.tasks
+    assert (
+        again.scores(views("red cat")) == pytest.approx(found.scores(views("red cat"))) and again.tasks == found.tasks
+    )
     assert is_routed(tmp_path / "a") and not is_routed(tmp_path) and not is_routed(None)
 
 

@@ -472,7 +472,9 @@ def test_a_killed_run_ends_with_the_very_same_weights(name, method, second):
     assert all(torch.equal(whole.weights[n], again.weights[n]) for n in whole.weights)
 
 
-@pytest.mark.parametrize("name", ["merge", "wise", "olora", "synthesised", "naive", "replay", "ewc", "der", "replay+l2sp"])
+@pytest.mark.parametrize(
+    "name", ["merge", "wise", "olora", "synthesised", "naive", "replay", "ewc", "der", "replay+l2sp"]
+)
 def test_a_set_of_task_adapters_is_refused_with_the_way_to_go_on(name, order_for, train, tmp_path):
     from clm_app.routes import Router
 
