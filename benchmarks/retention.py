@@ -211,7 +211,7 @@ class Stream:
         found = self.matrix()
         return {
             "accuracy": found.average_accuracy, "learned": found.just_learned, "bwt": found.backward_transfer,
-            "forgetting": forgetting(found), "kept_kb": sum(c.kept_bytes for c in self.cells) / 1000,
+            "forgetting": found.forgetting or 0.0, "kept_kb": sum(c.kept_bytes for c in self.cells) / 1000,
         } | times  # fmt: skip
 
 
@@ -224,13 +224,6 @@ def mean(values) -> float:
 def _bytes(place: Path) -> int:
     files = place.rglob("*") if place.is_dir() else [place]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def forgetting(made: Matrix) -> float:
-    """Return the mean, over all tasks but the last, of what each lost since its best moment (see judging/matrix.py)."""
-    count = len(made.tasks)
-    lost = [max(made.values[i][j] for i in range(j, count)) - made.last[j] for j in range(count - 1)]
-    return mean(lost) if lost else 0.0
 
 
 def curve(made: Matrix) -> list[float]:

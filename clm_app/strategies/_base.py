@@ -55,7 +55,6 @@ class Strategy:
     needs_old_rows: ClassVar[bool] = False  # rows kept of past tasks are read
     needs_held_out_rows: ClassVar[bool] = False  # validation rows of past tasks are read
     needs_parent: ClassVar[bool] = False  # the version before is loaded a second time: about twice the memory
-    is_continuous: ClassVar[bool] = True  # training goes on from the parent's weights
     weights_kind: ClassVar[str | None] = None  # what `assemble` leaves; None: what the method saves
     methods: ClassVar[tuple[str, ...]] = ("full", "lora")  # ways to tune that it works with
     Settings: ClassVar[type[BaseModel]] = NoSettings

@@ -46,7 +46,7 @@ def widget(name: str, field: FieldInfo) -> gr.components.Component:
     if typing.get_origin(field.annotation) is typing.Literal:
         return gr.Dropdown(list(typing.get_args(field.annotation)), value=default, label=label, info=info)
     if kinds == [bool]:
-        return gr.Checkbox(value=default, label=label, info=info)
+        return gr.Checkbox(value=default, label=label, info=info, min_width=220)
     is_optional = field.annotation is not kinds[0]
     if kinds in ([int], [float]) and not is_optional:  # an empty number widget sends 0, so it cannot say "not given"
         return gr.Number(value=default, label=label, info=info, min_width=220)  # no bounds: the model refuses in words
