@@ -141,6 +141,7 @@ class Handle:
         raise HostLost(self._lost())
 
     def _lost(self) -> str:
+        self.child.wait(0.5)  # its last words may still be on their way
         why = self._failure or self._last_line or "it left no word"
         return f"Version {self.version} ended while it answered: {why}. Ask again; it is started anew."
 
