@@ -36,7 +36,8 @@ from clm_app.provenance import ROOT, code_version
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peers still use
 WORK = ROOT / ".benchmarks"
-CLINC150 = ROOT.parent / "shared" / "data" / "clinc150"
+DATA = ROOT.parent / "shared" / "data"  # a folder of data sets, each in a folder of its own name
+CLINC150 = DATA / "clinc150"
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 

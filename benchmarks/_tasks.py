@@ -48,11 +48,19 @@ def learnable(sources: list[TaskSource], cache: Path, rows_per_label: int | None
     """Return the tasks with their split files in `cache`; rows_per_label cuts the training part, for a quick run."""
     settings, found = Settings(), []
     for number, source in enumerate(sources, 1):
-        task = Learnable(number, source.name, cache / f"{Path(source.path).stem}-{rows_per_label or 'all'}")
-        for part, rows in split(read_rows(Path(source.path), settings).rows, seed=0).items():
-            dump(few(rows, rows_per_label) if part == "train" else rows, task.file(part))
-        found.append(task)
+        parts = split(read_rows(Path(source.path), settings).rows, seed=0)
+        folder = cache / f"{Path(source.path).stem}-{rows_per_label or 'all'}"
+        parts["train"] = few(parts["train"], rows_per_label)
+        found.append(written(number, source.name, folder, parts))
     return found
+
+
+def written(number: int, name: str, folder: Path, parts: dict[str, list[Row]]) -> Learnable:
+    """Write the three parts of a task and return it."""
+    task = Learnable(number, name, folder)
+    for part, rows in parts.items():
+        dump(rows, task.file(part))
+    return task
 
 
 def few(rows: list[Row], per_label: int | None) -> list[Row]:
@@ -77,11 +85,12 @@ def together(tasks: list[Learnable], file: Path) -> Path:
 def order(
     folder: Path, rows: Path, training: TrainingSettings, *, method: str, strategy: str = "naive",
     weights: Path | None = None, weights_kind: str = "", kept: dict[str, Path] | None = None, after: tuple = (),
+    model: Path = STARTER,
 ) -> Order:  # fmt: skip
-    """Return the order of one run over the starter, or over weights that an earlier run wrote."""
+    """Return the order of one run over a model, or over weights that an earlier run wrote."""
     return Order(
-        folder=folder, base=weights if weights_kind == "full" else STARTER,
-        adapter=weights if weights_kind in ("adapter", "routed") else None, root=STARTER,
+        folder=folder, base=weights if weights_kind == "full" else model,
+        adapter=weights if weights_kind in ("adapter", "routed") else None, root=model,
         rows=rows, kept=kept or {}, strategy=strategy,
         strategy_settings={}, method=method, method_settings={}, training=training, before=[], after=list(after),
         threads=Settings().threads,

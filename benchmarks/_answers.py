@@ -1,0 +1,82 @@
+"""What weights in a folder answer: measured as the engine measures, or generated token by token and compared by words."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from clm_app.data.rows import Row
+from clm_app.engine.order import Order
+from clm_app.engine.settings import TrainingSettings
+
+ROWS = 50  # answers generated at a time
+LONGEST = 160  # tokens of a generated answer
+
+
+def exact_match(model: Path, tasks: dict[str, list[Row]]) -> dict[str, float]:
+    """Return {task: share of rows that a model without any adapter answers exactly, 0..1}."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from clm_app.data.template import load_tokenizer
+    from clm_app.engine.batches import Encoded
+    from clm_app.engine.measure import outcomes
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    encoded = Encoded(load_tokenizer(model), TrainingSettings().max_tokens)
+    found = {name: outcomes(loaded, rows, encoded, torch.device("cpu")) for name, rows in tasks.items()}
+    return {name: sum(line["exact"] for line in lines) / len(lines) for name, lines in found.items()}
+
+
+def token_f1(order: Order, weights_kind: str, tasks: dict[str, list[Row]]) -> dict[str, float]:
+    """Return {task: mean token F1 of the answers that a run's weights generate greedily, 0..1}."""
+    from clm_app.engine.loop import Engine
+    from clm_app.engine.routed import Routed
+
+    weights = order.folder / "weights"
+    place = {"base": weights, "adapter": None} if weights_kind == "full" else {"adapter": weights}
+    engine = Engine(order.model_copy(update=place), lambda event: None)
+    model = engine.parent()
+    found = {}
+    for name, rows in tasks.items():
+        said = [""] * len(rows)
+        groups = model.groups([r.prompt for r in rows]) if isinstance(model, Routed) else {"": list(range(len(rows)))}
+        for task, places in groups.items():
+            if isinstance(model, Routed):
+                with model.using(task) as answering:
+                    texts = generated(engine, answering, [rows[i] for i in places])
+            else:
+                texts = generated(engine, model, [rows[i] for i in places])
+            for i, text in zip(places, texts, strict=True):
+                said[i] = text
+        found[name] = sum(f1(text, row.response) for text, row in zip(said, rows, strict=True)) / len(rows)
+    return found
+
+
+def generated(engine, model, rows: list[Row]) -> list[str]:
+    """Return the greedy answer of each row, at most LONGEST tokens."""
+    import torch
+
+    tokenizer, texts = engine.tokenizer, []
+    for start in range(0, len(rows), ROWS):
+        prompts = [engine.encoded(row)[0] for row in rows[start : start + ROWS]]
+        width = max(map(len, prompts))
+        inputs = torch.full((len(prompts), width), tokenizer.pad_token_id)
+        for i, ids in enumerate(prompts):
+            inputs[i, width - len(ids) :] = torch.tensor(ids)
+        mask = torch.arange(width) >= width - torch.tensor([[len(ids)] for ids in prompts])
+        with torch.no_grad():
+            made = model.generate(
+                input_ids=inputs, attention_mask=mask.long(), max_new_tokens=LONGEST, do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        texts += tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def f1(said: str, right: str) -> float:
+    """Return the harmonic mean of precision and recall over words, 0..1 (Rajpurkar et al. 2016, arXiv:1606.05250)."""
+    one, other = (re.findall(r"\w+", text.lower()) for text in (said, right))
+    shared = sum((Counter(one) & Counter(other)).values())
+    return 2 * shared / (len(one) + len(other)) if shared else float(one == other)
