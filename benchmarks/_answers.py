@@ -14,8 +14,8 @@ ROWS = 50  # answers generated at a time
 LONGEST = 160  # tokens of a generated answer
 
 
-def exact_match(model: Path, tasks: dict[str, list[Row]]) -> dict[str, float]:
-    """Return {task: share of rows that a model without any adapter answers exactly, 0..1}."""
+def exact_match(model: Path, tasks: dict[str, list[Row]]) -> dict[str, list[int]]:
+    """Return {task: 1 for each row that a model without any adapter answers exactly, else 0}."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -25,8 +25,10 @@ def exact_match(model: Path, tasks: dict[str, list[Row]]) -> dict[str, float]:
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
     encoded = Encoded(load_tokenizer(model), TrainingSettings().max_tokens)
-    found = {name: outcomes(loaded, rows, encoded, torch.device("cpu")) for name, rows in tasks.items()}
-    return {name: sum(line["exact"] for line in lines) / len(lines) for name, lines in found.items()}
+    return {
+        name: [int(line["exact"]) for line in outcomes(loaded, rows, encoded, torch.device("cpu"))]
+        for name, rows in tasks.items()
+    }
 
 
 def token_f1(order: Order, weights_kind: str, tasks: dict[str, list[Row]]) -> dict[str, float]:

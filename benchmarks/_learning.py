@@ -6,16 +6,20 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks import _peers
 from benchmarks import _report as report  # before torch: sets the app's environment
 from benchmarks._streams import Kind
 from benchmarks._tasks import Learnable, order, together
 from clm_app.data.rows import load
+from clm_app.engine.loop import Engine
 from clm_app.engine.settings import TrainingSettings
 from clm_app.errors import BadSettings
+from clm_app.events import Trained
 from clm_app.judging.matrix import Matrix
 from clm_app.provenance import code_version
 from clm_app.strategies._base import Situation
@@ -146,6 +150,9 @@ class Stream:
 
     def step(self, position: int) -> None:
         """Learn one task from the weights of the one before."""
+        if self.arm.strategy in _peers.NAMES:
+            self._step_of_a_peer(position)
+            return
         task, before, past = self.tasks[position], self._place(position - 1), self.tasks[:position]
         kind = json.loads((before / "kind.json").read_text()) if position else "base"
         rows = len(task.file("train").read_text(encoding="utf-8").splitlines())
@@ -168,6 +175,25 @@ class Stream:
         for spent in ("weights", "state"):
             shutil.rmtree(before / spent, ignore_errors=True)
 
+    def _step_of_a_peer(self, position: int) -> None:
+        """Learn one task as a peer's library does, with every weight, from the weights of the one before."""
+        task, before = self.tasks[position], self._place(position - 1)
+        rows = len(load(task.file("train")))
+        peer = _peers.fitted(
+            self.arm.strategy, self.tasks, self.model, self.training.max_tokens, round((self.arm.share or 0) * rows)
+        )
+        peer = _peers.tuned(peer, self.tasks, self.training, self.model, self.root / "tuned")
+        asked = order(
+            self._place(position), task.file("train"), self.training, method="full", model=self.model,
+            after=[task.exam("validation"), *(t.exam("test") for t in self.measured_after(position))],
+        ).model_copy(update={
+            "base": before / "weights" if position else self.model, "root": self.model,
+            "state": before / "state" if position else None, "task": task.name,
+        })  # fmt: skip
+        self.cell(position, task.name, self.arm.strategy, asked, lambda *two: _peers.PeerEngine(*two, peer))
+        for spent in ("weights", "state"):
+            shutil.rmtree(before / spent, ignore_errors=True)
+
     def measured_after(self, position: int) -> list[Learnable]:
         """Return the tasks whose TEST part is measured after this one: all seen, and the next for forward transfer."""
         if (position + 1) % self.kind.measured_every:
@@ -175,24 +201,21 @@ class Stream:
         ahead = 1 if self.kind.measured_every == 1 else 0
         return list({task.name: task for task in reversed(self.tasks[: position + 1 + ahead])}.values())[::-1]
 
-    def cell(self, position: int, task: str, strategy: str, asked) -> None:
+    def cell(self, position: int, task: str, strategy: str, asked, engine: Callable = Engine) -> None:
         """Train and measure once, and add the line."""
-        from clm_app.engine.loop import Engine
-        from clm_app.events import Trained
-
         shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)  # half a cell would have half of its time
         at_trained: list[tuple[float, float]] = []
         clock = lambda: (time.process_time(), time.monotonic())  # noqa: E731
         say = lambda event: at_trained.append(clock()) if isinstance(event, Trained) else None  # noqa: E731
         cpu, began = clock()
-        trained, measured = Engine(asked, say).run()
+        trained, measured = engine(asked, say).run()
         names = {t.number: t.name for t in self.tasks}
         tested = {names[m.snapshot_id]: m for m in measured if m.split == "test"}
         cell = Cell(
             position, task, strategy, {name: m.exact_match for name, m in tested.items()},
             round(at_trained[0][1] - began, 2), round(at_trained[0][0] - cpu, 2),
-            _bytes(asked.folder / "kept.jsonl") + _bytes(asked.folder / "state"), _bytes(asked.folder / "weights"),
-            trained.figures, code_version(), {name: round(m.answer_loss, 5) for name, m in tested.items()},
+            self._kept(asked, trained), _bytes(asked.folder / "weights"), trained.figures, code_version(),
+            {name: round(m.answer_loss, 5) for name, m in tested.items()},
             self._generated(asked, trained.weights_kind, task),
         )  # fmt: skip
         shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)
@@ -206,6 +229,12 @@ class Stream:
                 f"this task {cell.scores.get(task, mean(cell.scores.values())):.3f}, "
                 f"all seen {mean(v for n, v in cell.scores.items() if n in self._seen(position)):.3f}", flush=True,
             )  # fmt: skip
+
+    def _kept(self, asked, trained: Trained) -> int:
+        """Return the bytes that this run keeps for the next: rows and state, of a peer what it says itself."""
+        if self.arm.strategy in _peers.NAMES:
+            return trained.figures["strategy"]["kept_bytes"]
+        return _bytes(asked.folder / "kept.jsonl") + _bytes(asked.folder / "state")
 
     def _generated(self, asked, weights_kind: str, task: str) -> dict[str, float]:
         """Return {task: token F1 of generated answers} where answers are sentences: of this task, and of all at the end."""
@@ -251,8 +280,10 @@ class Stream:
         raise FileNotFoundError(f"{self._place(position)} has no outcomes of {name}; do the stream again with --fresh.")
 
     @cached_property
-    def untaught(self) -> dict[str, float]:
-        """Exact match of each task, 0..1, by the model before it learned anything; measured once for all arms."""
+    def untaught(self) -> dict[str, NDArray]:
+        """0 or 1 for each TEST item of each task, by the model before it learned anything; measured once for all arms."""
+        import numpy
+
         file = self.root / "untaught.json"
         if not file.exists():
             from benchmarks._answers import exact_match
@@ -260,7 +291,20 @@ class Stream:
             found = exact_match(self.model, {task.name: load(task.file("test")) for task in self.tasks})
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found), encoding="utf-8")
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {name: numpy.array(items, numpy.int8) for name, items in found.items()}
+
+    def right_at_once(self) -> list[NDArray]:
+        """Return 0 or 1 for each TEST item of each task, of an arm that learns all at once."""
+        return [self._right(0, name) for name in self.names]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes kept at the end for later runs: rows of every task and the last state; of a peer what it says itself."""
+        if self.arm.strategy in _peers.NAMES:
+            return self.cells[-1].kept_bytes
+        rows = sum(_bytes(self._place(cell.position) / "kept.jsonl") for cell in self.cells)
+        return rows + _bytes(self._place(self.cells[-1].position) / "state")
 
     def summary(self) -> dict[str, float]:
         """Return the figures of this stream; accuracy and transfer as shares, times in seconds, sizes in bytes."""
@@ -272,7 +316,7 @@ class Stream:
             return {"accuracy": mean(last.scores.values())} | found
         matrix = self.matrix()
         found |= {
-            "accuracy": matrix.average_accuracy, "kept_kb": sum(c.kept_bytes for c in self.cells) / 1000,
+            "accuracy": matrix.average_accuracy, "kept_kb": self.kept_bytes / 1000,
             "weights_mb": last.weights_bytes / 1e6,
         }  # fmt: skip
         if self.kind.measured_every > 1:
@@ -280,7 +324,7 @@ class Stream:
             return found | {"first_round": rounds[0], "worst_round": min(rounds)}
         found |= {
             "learned": matrix.just_learned, "bwt": matrix.backward_transfer, "forgetting": matrix.forgetting or 0.0,
-            "fwt": matrix.forward_transfer([self.untaught[name] for name in self.names]) or 0.0,
+            "fwt": matrix.forward_transfer([float(self.untaught[name].mean()) for name in self.names]) or 0.0,
         }  # fmt: skip
         if last.f1:
             own = {cell.task: cell for cell in self.cells}

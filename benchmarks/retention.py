@@ -28,13 +28,15 @@ from clm_app.registry.versions import STARTER
 
 QUICK = {"tasks": 2, "rows_per_label": 15, "epochs": 3.0, "least_steps": 1}
 PALETTE = ("#0f766e", "#c2410c", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#0e7490", "#475569", "#9d174d")
-INTERVALS = {  # figures of the matrix that are drawn again from their items
-    "accuracy": bootstrap.average_accuracy, "bwt": bootstrap.backward_transfer, "forgetting": bootstrap.forgetting,
+INTERVALS = {  # figures that are drawn again from their items, as clm_app/judging/bootstrap.py names them
+    "accuracy": "average_accuracy", "bwt": "backward_transfer", "forgetting": "forgetting", "fwt": "forward_transfer",
+    "intransigence": "intransigence",
 }  # fmt: skip
 
 NAMES = {
     "accuracy": "average accuracy", "learned": "just learned", "bwt": "backward transfer", "forgetting": "forgetting",
-    "fwt": "forward transfer", "first_kept": "first task kept", "first_round": "after the first round",
+    "fwt": "forward transfer", "intransigence": "intransigence", "first_kept": "first task kept",
+    "first_round": "after the first round",
     "worst_round": "worst round", "f1": "token F1", "f1_learned": "token F1 just learned", "f1_lost": "token F1 lost",
     "loss": "nats per token", "loss_risen": "nats per token risen", "cpu_seconds": "CPU s",
     "kept_kb": "rows and state kept, kB", "weights_mb": "weights, MB",
@@ -42,22 +44,29 @@ NAMES = {
 WHOLE = ("cpu_seconds", "kept_kb")  # shown without decimals
 
 
+Streams = dict[tuple[str, int], Stream]
+Found = dict[str, dict[int, dict[str, float]]]  # {arm: {order: {figure: value}}}
+
+
 def show(
-    streams: dict[tuple[str, int], Stream], arms: list[Arm], kind: Kind, seeds: dict[str, list[int]], judged: bool
+    streams: Streams, arms: list[Arm], kind: Kind, seeds: dict[str, list[int]], judged: bool
 ) -> list[report.Figure]:
     """Print the table; return the figures. seeds: {arm: orders that it was run over}."""
     by_arm = {arm.text: {seed: streams[arm.text, seed].summary() for seed in seeds[arm.text]} for arm in arms}
+    for arm, found in by_arm.items():
+        for seed, one in found.items():
+            one |= drawn(streams, arms, arm, seed)
     names = {key: name for key, name in NAMES.items() if any(key in one[min(one)] for one in by_arm.values())}
     report.table(
         f"{kind.title}; exact match on TEST; mean ± 95 % of the mean over orders, or over items where there is one order",
         ["", "orders", *names.values()],
-        [[arm, len(found), *(_text(streams, arm, key, found) for key in names)] for arm, found in by_arm.items()],
+        [[arm, len(found), *(_text(key, found) for key in names)] for arm, found in by_arm.items()],
     )  # fmt: skip
     figures = bars(streams, by_arm, arms, kind, judged)
     for arm, found in by_arm.items():
-        for key, name in NAMES.items():
+        for key, name in names.items():
             if key in found[min(found)]:
-                value, margin = spread(streams, arm, key, found)
+                value, margin = spread(key, found)
                 figures.append(report.figure(f"{arm}: {name}", value))
                 if margin is not None:
                     figures.append(report.figure(f"{arm}: {name}, half of its 95 % interval", margin))
@@ -65,31 +74,36 @@ def show(
     return figures
 
 
-def spread(streams, arm: str, key: str, found: dict[int, dict[str, float]]) -> tuple[float, float | None]:
+def drawn(streams: Streams, arms: list[Arm], arm: str, seed: int) -> dict[str, float]:
+    """Return intransigence against the best arm that learns all at once, and half of each figure's interval over items."""
+    stream = streams[arm, seed]
+    if stream.arm.strategy == JOINT or stream.kind.measured_every > 1:
+        return {}
+    at_once = [streams[a.text, seed] for a in arms if a.strategy == JOINT and streams[a.text, seed].is_done]
+    joint = max(at_once, key=lambda one: one.summary()["accuracy"], default=None)
+    above = joint.right_at_once() if joint else [None] * len(stream.names)
+    cells = [[stream.untaught[name] for name in stream.names], above, *stream.outcomes()]
+    found = bootstrap.intervals([cells])
+    halves = {f"{key} ±": (found[name][1] - found[name][0]) / 2 for key, name in INTERVALS.items() if name in found}
+    figures = bootstrap.figures(bootstrap.shares(cells))
+    return halves | ({"intransigence": float(figures["intransigence"])} if joint else {})
+
+
+def spread(key: str, found: dict[int, dict[str, float]]) -> tuple[float, float | None]:
     """Return a figure's mean and half the width of its 95 % interval: Student's t over orders; of one order, over items."""
     value, margin = report.interval([one[key] for one in found.values()])
-    stream = streams[arm, min(found)]
-    if margin is None and key in INTERVALS and stream.arm.strategy != JOINT and not stream.kind.measured_every > 1:
-        low, high = bootstrap.over_items(stream.outcomes(), INTERVALS[key])
-        margin = (high - low) / 2
-    return value, margin
+    return value, found[min(found)].get(f"{key} ±") if margin is None else margin
 
 
-def _text(streams, arm: str, key: str, found: dict[int, dict[str, float]]) -> str:
+def _text(key: str, found: dict[int, dict[str, float]]) -> str:
     if key not in found[min(found)]:
         return ""
-    value, margin = spread(streams, arm, key, found)
+    value, margin = spread(key, found)
     digits = 0 if key in WHOLE else 3
     return f"{value:.{digits}f}" + ("" if margin is None else f" ± {margin:.{digits}f}")
 
 
-def bars(
-    streams: dict[tuple[str, int], Stream],
-    by_arm: dict[str, dict[int, dict]],
-    arms: list[Arm],
-    kind: Kind,
-    judged: bool,
-) -> list[report.Figure]:
+def bars(streams: Streams, by_arm: Found, arms: list[Arm], kind: Kind, judged: bool) -> list[report.Figure]:
     """Return what the default is held to; over the orders that both sides of a comparison were run over."""
     ours = next((arm for arm in arms if arm.strategy == DEFAULT_STRATEGY), None)
     if ours is None:
@@ -129,14 +143,10 @@ def bars(
     return found
 
 
-def lead(streams: dict[tuple[str, int], Stream], ours: str, other: str, seeds: list[int]) -> float:
-    """Return the least that one arm is ahead of another in average accuracy: drawn over the same items, worst order."""
-    ahead = []
-    for seed in seeds:
-        pairs = zip(streams[ours, seed].outcomes()[-1], streams[other, seed].outcomes()[-1], strict=True)
-        low, _ = bootstrap.over_items([[one.astype(float) - two for one, two in pairs]])
-        ahead.append(low)
-    return min(ahead)
+def lead(streams: Streams, ours: str, other: str, seeds: list[int]) -> float:
+    """Return the lower end of how far one arm is ahead in average accuracy, in shares, on the same items: the worst order."""
+    pairs = [(streams[other, seed].outcomes()[-1], streams[ours, seed].outcomes()[-1]) for seed in seeds]
+    return min(bootstrap.changes(*pair)[-1][0] for pair in pairs)
 
 
 def curve(made: Matrix) -> list[float]:
@@ -147,9 +157,7 @@ def curve(made: Matrix) -> list[float]:
     ]
 
 
-def plot(
-    streams: dict[tuple[str, int], Stream], arms: list[Arm], seeds: dict[str, list[int]], title: str, file: Path
-) -> None:
+def plot(streams: Streams, arms: list[Arm], seeds: dict[str, list[int]], title: str, file: Path) -> None:
     """Draw accuracy over the tasks seen, for every arm, and joint as a line."""
     import matplotlib
 

@@ -69,7 +69,26 @@ class Measured(Event):
     exact_match: float
     answer_loss: float
     outcomes: str
-    when: Literal["before", "after"] = Field(description="with the parent's weights, or with the trained ones")
+    when: Literal["root", "before", "after"] = Field(
+        description="with the base at the root of the lineage, with the parent's weights, or with the trained ones"
+    )
+
+
+class Probed(Event):
+    """One probe is read; `outcomes` is a file with one JSON line per item."""
+
+    kind: Literal["probed"] = "probed"
+    probe: str
+    value: float
+    unit: str
+    lower_is_better: bool
+    low: float
+    high: float
+    items: int
+    ruler: str = Field(description="digest of items and knobs: readings compare only where it is the same")
+    figures: dict[str, float]
+    outcomes: str
+    when: Literal["before", "after"] = Field(description="on the parent's weights, or on the trained ones")
 
 
 class Trained(Event):
@@ -106,7 +125,7 @@ class Failed(Event):
 
 
 AnyEvent = Annotated[
-    Started | Progress | Checkpointed | Measuring | Measured | Trained | Ready | Finished | Failed,
+    Started | Progress | Checkpointed | Measuring | Measured | Probed | Trained | Ready | Finished | Failed,
     Field(discriminator="kind"),
 ]
 _READER = TypeAdapter(AnyEvent)

@@ -4,7 +4,7 @@ A version that has one adapter per task answers each prompt with the adapter of 
 router reads text alone, so it works before any model is loaded and with every backend alike. Two readers vote: naive
 Bayes over several views of the words, and ridge regression over hashed words. Both are sums over rows: a new task adds
 its own, the sums of past tasks stay, and the result is the very one that all rows at once would give. Taking a row's
-share away again is as if it had never been learned.
+share away again is as if it had never been learned, which is what happens to rows that were withdrawn.
 
 Sources: multinomial naive Bayes, each view smoothed towards the background rate; recursive ridge regression without
 old rows: Zhuang et al. 2022 (ACIL, arXiv:2205.14922); hashed features: Weinberger et al. 2009 (arXiv:0902.2206). How
@@ -21,8 +21,12 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from clm_app.data.rows import Row
 
 BASE = ""  # the name of no adapter: the model as it was before anything was learned
 FILE, SUMS = "routes.json", "routes.npz"
@@ -67,6 +71,7 @@ class Router:
         }  # {view: {feature: {task: rows}}}
         self.gram = np.zeros((WIDTH, WIDTH), np.float32)  # sum of x x' over all rows
         self.sums: dict[str, np.ndarray] = {}  # {task: sum of x over its rows}
+        self.withdrawn: set[str] = set()  # keys of rows that are in no sum, however often they were learned
 
     @property
     def tasks(self) -> list[str]:
@@ -85,6 +90,24 @@ class Router:
             for view, features in one.items():
                 for feature in features:
                     self._count(view, feature, task, sign)
+
+    def learn(self, task: str, rows: Iterable[Row]) -> None:
+        """Count a task's rows, but for the withdrawn ones."""
+        self.add(task, [row.prompt for row in rows if row.key not in self.withdrawn])
+
+    def take_out(self, withdrawn: Iterable[str], learned: Iterable[tuple[str, Iterable[Row]]]) -> int:
+        """Leave the sums as if rows of these keys had never been learned; a row that is out already is not counted twice.
+
+        learned: (task, rows) of every time that rows were learned into these sums. Returns how many were taken out.
+        """
+        now, count = set(withdrawn) - self.withdrawn, 0
+        for task, rows in learned if now else ():
+            prompts = [row.prompt for row in rows if row.key in now]
+            if prompts:
+                self.add(task, prompts, sign=-1)
+            count += len(prompts)
+        self.withdrawn |= now
+        return count
 
     def _count(self, view: str, feature: str, task: str, sign: int) -> None:
         found = self.counts[view].setdefault(feature, Counter())
@@ -139,7 +162,8 @@ class Router:
             view: {feature: dict(sorted(by_task.items())) for feature, by_task in sorted(features.items())}
             for view, features in self.counts.items()
         }
-        text = json.dumps({"folders": self.folders, "rows": {t: self.rows[t] for t in self.tasks}, "counts": counts})
+        rows = {task: self.rows[task] for task in self.tasks}
+        text = json.dumps({"folders": self.folders, "rows": rows, "counts": counts, "withdrawn": sorted(self.withdrawn)})
         (folder / FILE).write_text(text, encoding="utf-8")
         upper = self.gram[np.triu_indices(WIDTH)]
         sums = np.array([self.sums[task] for task in self.tasks], np.float32).reshape(-1, WIDTH)
@@ -150,6 +174,7 @@ class Router:
         """Read what `save` wrote."""
         found, self = json.loads((folder / FILE).read_text(encoding="utf-8")), cls()
         self.folders, self.rows = found["folders"], Counter(found["rows"])
+        self.withdrawn = set(found.get("withdrawn", ()))  # sums of earlier releases have none
         for view, features in found["counts"].items():
             self.counts[view] = {feature: Counter(by_task) for feature, by_task in features.items()}
         with np.load(folder / SUMS) as sums:
@@ -157,6 +182,30 @@ class Router:
             self.sums = dict(zip(self.tasks, sums["sums"], strict=True))
         self.gram += np.triu(self.gram, 1).T
         return self
+
+
+class Routing(NamedTuple):
+    """Where a new task's held-out prompts would be sent, had it an adapter of its own."""
+
+    routed_to: dict[str, float]  # {task, the new one included, or BASE: share of the prompts}, the largest first
+    nearest: str  # the past task that most of them are likest to
+
+
+def routing(router: Router, task: str, rows: Iterable[Row], held_out: Iterable[Row]) -> Routing:
+    """Learn the rows into the router, which is changed by it, and see which task each held-out prompt is sent to.
+
+    Text alone decides, so that no model is loaded. With nine tasks of 1,500 rows known and 300 prompts held out it took
+    two seconds, and loading such a router two more (LOG.md, "Routing").
+    """
+    past = router.tasks
+    router.folders[task] = ""
+    router.learn(task, rows)
+    routed, nearest = Counter(), Counter()
+    for row in held_out:
+        routed[router.route(row.prompt)] += 1
+        scores = router.scores(views(row.prompt))
+        nearest[max(past, key=scores.__getitem__)] += 1
+    return Routing({name: n / routed.total() for name, n in routed.most_common()}, nearest.most_common(1)[0][0])
 
 
 def is_routed(weights: Path | None) -> bool:

@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     tick_s: float = Field(1.0, ge=0.05, le=60.0, description="seconds between two looks of the clock at the ledger")
     backend: str = Field("auto", description="auto, llama_cpp or transformers: what serves a version")
     hosts: int = Field(3, ge=1, le=16, description="most models loaded for serving at one time")
+    probes: dict[str, dict] = Field(
+        default_factory=dict,
+        description='knobs of the probes that read every version, such as {"general_text": {"file": "/my/texts.txt"}}',
+    )
     max_new_tokens: int = Field(
         256, ge=1, le=8192, description="longest reply, in tokens, unless a request says otherwise"
     )

@@ -8,19 +8,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlmodel import select
 
 from clm_app.catalog import pick
-from clm_app.data.ingest import find
+from clm_app.data.ingest import find, tasks
 from clm_app.data.reading import read_rows
 from clm_app.data.streams import TaskSource
 from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.settings import SMALL_MODEL, TrainingSettings
 from clm_app.errors import BadData, BadInput, BadSettings, NotThere
 from clm_app.judging.gate import GateSettings
+from clm_app.probes._base import made as made_probes
 from clm_app.registry import versions
+from clm_app.situations import situation, stored
 from clm_app.strategies._base import Situation
 from clm_app.strategies._combined import choose, made, part_of
 from clm_app.workspace import Workspace
 from store.db import record
-from store.tables import Job, Version
+from store.tables import Job
 from store.tables._columns import now
 from store.tables.work import ENDED
 
@@ -82,12 +84,8 @@ def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
         BadInput: a file cannot be used, or the model does not fit this machine as it is now.
         NotThere: a task has no file and no snapshot, or there is no version to start from.
     """
-    for source in wish.stream:
-        if source.path:
-            read_rows(Path(source.path), workspace.settings)
-        elif find(workspace, source.name) is None:
-            raise NotThere(f"There is no task {source.name!r} and no file for it. Add the file on the Data tab first.")
-    _refuse_what_cannot_start(workspace, wish)
+    rows = [_rows(workspace, source) for source in wish.stream]
+    _refuse_what_cannot_start(workspace, wish, rows[0])
     with workspace.write() as session:
         job = Job(kind="learn", wish=wish.model_dump(mode="json"), asked_by=by, stage="waiting for the clock")
         session.add(job)
@@ -96,33 +94,38 @@ def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
     return job
 
 
-def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish) -> None:
-    """Look for the version to start from and, where no other job has to end first, for room to train it now."""
+def _rows(workspace: Workspace, source: TaskSource) -> int:
+    """Return how many rows a task of the stream has, which all can be read."""
+    if source.path:
+        return len(read_rows(Path(source.path), workspace.settings).rows)
+    key = source.name.strip().lower()
+    if (taken := next((taken for task, taken in tasks(workspace) if task.key == key), None)) is None:
+        raise NotThere(f"There is no task {source.name!r} and no file for it. Add the file on the Data tab first.")
+    stored(workspace, taken.object, f"The rows of {source.name}")
+    return taken.train_rows
+
+
+def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish, rows: int) -> None:
+    """Look whether all that the first run needs is there and, where no other job has to end first, for room to train now.
+
+    Every probe's file is read too: a missing one is said now and not in the middle of the job.
+    """
+    made_probes(workspace.settings.probes)
     parent = versions.by_name(workspace, wish.start_from)
+    task = find(workspace, wish.stream[0].name)
+    known = situation(workspace, wish, parent, task.name if task else wish.stream[0].name.strip(), rows)
+    strategy = choose(wish.strategy, wish.strategy_settings, known).strategy
+    part_of(strategy).refuse_situation(known)
     base, _ = versions.weights(workspace, parent)
-    _refuse_a_parent_of_another_kind(wish, parent)
+    method, knobs = pick("clm_app.methods", wish.method_for(parent.parameters, strategy)), wish.training
+    method.refuse()
     with workspace.read() as session:
         if session.exec(select(Job.id).where(Job.status.not_in(ENDED))).first() is not None:
             return
-    kind, knobs = pick("clm_app.methods", wish.method_for(parent.parameters)).weights_kind, wish.training
-    refuse_what_does_not_fit(parent.parameters, base, kind, knobs.batch_rows, knobs.max_tokens, workspace.home)
-
-
-def _refuse_a_parent_of_another_kind(wish: LearnWish, parent: Version) -> None:
-    """One set of weights cannot go on from task adapters, nor task adapters from one set of weights."""
-    first = Situation(parent.kind, parent.parameters, int(parent.run_id is not None), new_rows=0, method=wish.method)
-    chosen = choose(wish.strategy, wish.strategy_settings, first).strategy
-    is_routed = part_of(chosen).weights_kind == "routed"
-    if parent.kind == "routed" and not is_routed:
-        raise BadSettings(
-            f"{parent.name} has one adapter per task, and {chosen} trains one set of weights. "
-            "Choose strategy adapters, or start from v0."
-        )
-    if is_routed and parent.kind in ("adapter", "full"):
-        raise BadSettings(
-            f"{parent.name} holds what it learned in one set of weights, and {chosen} needs a bare base or task adapters. "
-            "Start from v0, or choose strategy replay, which goes on from it."
-        )
+    refuse_what_does_not_fit(
+        parent.parameters, base, method.weights_kind, knobs.batch_rows, knobs.max_tokens, workspace.home, method.base_bits,
+        part_of(strategy).needs_parent,
+    )  # fmt: skip
 
 
 def cancel(workspace: Workspace, job_id: int, by: str) -> Job:

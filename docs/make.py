@@ -45,7 +45,7 @@ def page() -> str:
         table("Training", TrainingSettings),
         table("Gate", GateSettings),
     ]
-    for package, word in (("clm_app.strategies", "Strategy"), ("clm_app.methods", "Method")):
+    for package, word in (("clm_app.strategies", "Strategy"), ("clm_app.methods", "Method"), ("clm_app.probes", "Probe")):
         for name, cls in shelf(package).items():
             needs = getattr(cls, "needs", "")
             parts.append(table(f"{word}: {name}", cls.Settings, cls.title + (f". Needs {needs}." if needs else ".")))

@@ -18,21 +18,24 @@ from clm_app import hardware
 from clm_app.catalog import pick
 from clm_app.data.ingest import find, snapshot, tasks
 from clm_app.data.streams import TaskSource
-from clm_app.data.withdrawal import withdrawn_keys, without
+from clm_app.data.withdrawal import counted, withdrawn_keys, without
 from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.order import Exam, Order
 from clm_app.errors import ChildFailed, ClmError
 from clm_app.events import AnyEvent, Failed, Measuring, Progress, Started
 from clm_app.judging.gate import Verdict, judge, pair
+from clm_app.probes._base import made as made_probes
 from clm_app.provenance import code_version
 from clm_app.registry import versions
+from clm_app.registry.versions import lineage
+from clm_app.situations import situation, vocabulary_of
 from clm_app.strategies._base import Choice, Situation
 from clm_app.strategies._combined import choose, part_of
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
 from jobs.queue import Queue
 from store.db import record
-from store.tables import Decision, Job, Measurement, Run, Snapshot, Task, Version
+from store.tables import Decision, Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
 from store.tables._columns import now
 
 ATTEMPTS = 3  # children tried for one run; each goes on from the last checkpoint
@@ -92,15 +95,16 @@ class Cycle:
 
     def open_run(self, track: str, position: int, taken: Snapshot) -> Run:
         """Return the run of this place in the stream, written down with everything that is needed to do it again."""
-        with self.workspace.write() as session:
-            self.queue.held(session, self.job)
+        with self.workspace.read() as session:
             found = session.exec(
                 select(Run).where(Run.job_id == self.job.id, Run.track == track, Run.position == position)
             ).first()
             if found:
                 return found
             parent = self.parent(session, track)
-            choice = self.choose(session, track, parent, taken)
+        choice, known = self.choose(track, parent, taken)  # takes seconds: nobody's writing waits for it
+        with self.workspace.write() as session:
+            self.queue.held(session, self.job)
             run = Run(
                 job_id=self.job.id, track=track, position=position, task_id=taken.task_id, snapshot_id=taken.id,
                 parent_version_id=parent.id, strategy=choice.strategy, method=self.method_for(track, choice, parent),
@@ -108,6 +112,7 @@ class Cycle:
                 hardware=hardware.description(), settings={
                     "training": self.wish.training.model_dump(),
                     "strategy": choice.settings, "why": choice.why,
+                    **({"routing": known.routing._asdict()} if known.routing else {}),
                     "method": self.wish.method_settings, "gate": self.wish.gate.model_dump(),
                 },
             )  # fmt: skip
@@ -118,15 +123,16 @@ class Cycle:
             record(session, self.job.asked_by, "run.opened", f"run:{run.id}", job=self.job.id, track=track)
             return run
 
-    def choose(self, session: Session, track: str, parent: Version, taken: Snapshot) -> Choice:
-        """Return which strategy does this run, and why: the one asked for, or what auto chooses."""
+    def choose(self, track: str, parent: Version, taken: Snapshot) -> tuple[Choice, Situation]:
+        """Return which strategy does this run, and why: the one asked for, or what auto chooses; and what it was told."""
+        with self.workspace.read() as session:
+            task = session.get_one(Task, taken.task_id).name
+        known = situation(self.workspace, self.wish, parent, task, taken.train_rows, taken)
         if track != MAIN:
-            return Choice(NAIVE, {}, "")
-        situation = Situation(
-            parent_kind=parent.kind, parameters=parent.parameters, learned_tasks=len(lineage(session, parent)),
-            new_rows=taken.train_rows, method=self.wish.method,
-        )  # fmt: skip
-        return choose(self.wish.strategy, self.wish.strategy_settings, situation)
+            return Choice(NAIVE, {}, ""), known
+        choice = choose(self.wish.strategy, self.wish.strategy_settings, known)
+        part_of(choice.strategy).refuse_situation(known)
+        return choice, known
 
     def method_for(self, track: str, choice: Choice, parent: Version) -> str:
         """Return the way to tune: as asked, else what fits size and strategy; a comparison is tuned as the main track."""
@@ -164,22 +170,32 @@ class Cycle:
             past = [(s, t) for s, t in known if s.task_id != taken.task_id]
             seen = [*past, (taken, session.get_one(Task, taken.task_id))]
             root, withdrawn = self.root(session, parent), withdrawn_keys(session)
+            taught, then = counted(self.workspace, session, parent), vocabulary_of(session, parent)
+            is_new_to_root = root.id != parent.id and measurement(session, root.id, taken.id) is None
             names = dict(session.exec(select(Snapshot.id, Task.name).join(Task, Task.id == Snapshot.task_id)).all())
-            unmeasured = [] if run.track != MAIN else [
-                (s, t) for s, t in seen if measurement(session, parent.id, s.id) is None
+            unmeasured = [  # a comparison has no gate that needs the past tasks, only the head start on the new one
+                (s, t) for s, t in (seen if run.track == MAIN else seen[-1:])
+                if measurement(session, parent.id, s.id) is None
             ]  # fmt: skip
+            probes = made_probes(self.workspace.settings.probes)
+            unread = [p.name for p in probes if not is_read(session, parent.id, p.name, p.ruler)]
         base, adapter = versions.weights(self.workspace, parent)
         method, way = pick("clm_app.methods", run.method), part_of(run.strategy)
         knobs = self.wish.training
         refuse_what_does_not_fit(
-            parent.parameters, base, method.weights_kind, knobs.batch_rows, knobs.max_tokens, self.workspace.home
-        )
+            parent.parameters, base, method.weights_kind, knobs.batch_rows, knobs.max_tokens, self.workspace.home,
+            method.base_bits, way.needs_parent,
+        )  # fmt: skip
         kept = {s: self.workspace.objects.path(digest) for s, digest in parent.memory.items() if s.isdigit()}
         kept.pop(str(taken.id), None)
         kept = {s: without(file, withdrawn, folder / "kept" / f"{s}.jsonl") for s, file in kept.items()}
         state = parent.memory.get(f"state/{run.strategy}")
         order = Order(
-            folder=folder, base=base, adapter=adapter, rows=self.split_file(taken, "train"), root=root,
+            folder=folder, base=base, adapter=adapter, rows=self.split_file(taken, "train"),
+            root=versions.weights(self.workspace, root).base,
+            at_root=[self.exam(*seen[-1], "test")] if is_new_to_root else [],
+            learned=[t.name for s, t in known if s.task_id in learned], routing=run.settings.get("routing"),
+            withdrawn=sorted(withdrawn) if taught else [], counted=taught, vocabulary=then,
             task=seen[-1][1].name, kept=kept, kept_tasks={s: names[int(s)] for s in kept},
             held_out={
                 str(s.id): self.split_file(s, "validation") for s, _ in past if s.task_id in learned
@@ -189,17 +205,18 @@ class Cycle:
             method_settings=run.settings["method"], training=knobs, threads=self.workspace.settings.threads,
             before=[self.exam(s, t, "test") for s, t in unmeasured],
             after=[self.exam(taken, seen[-1][1], "validation"), *(self.exam(s, t, "test") for s, t in seen)],
+            probes={p.name: p.settings.model_dump(mode="json") for p in probes}, probes_before=unread,
         )  # fmt: skip
         draft = folder / ".order.json"
         draft.write_text(order.model_dump_json(indent=1), encoding="utf-8")
         draft.replace(file)
         return order
 
-    def root(self, session: Session, version: Version) -> Path:
-        """Return the folder of the base that a line of versions began with."""
+    def root(self, session: Session, version: Version) -> Version:
+        """Return the base that a line of versions began with."""
         while version.parent_id is not None:
             version = session.get_one(Version, version.parent_id)
-        return versions.weights(self.workspace, version).base
+        return version
 
     def refused_before(self, session: Session, run: Run, known: set[int]) -> list[tuple[Snapshot, Task]]:
         """Return the tasks of this stream that were tried and refused: they are measured all the same, as not known."""
@@ -253,6 +270,7 @@ class Cycle:
         places = {"new": str(run.snapshot_id), "state": f"state/{run.strategy}"}
         kept = {places[name]: objects.put(Path(found)) for name, found in trained["memory"].items()}
         figures = [(m, objects.put(Path(m["outcomes"]))) for m in result["measured"]]
+        probed = [(p, objects.put(Path(p["outcomes"]))) for p in result.get("probed", [])]
         with self.workspace.write() as session:
             self.queue.held(session, self.job)
             parent = session.get_one(Version, run.parent_version_id)
@@ -268,14 +286,19 @@ class Cycle:
             session.flush()
             record(session, "clock", "version.registered", f"version:{version.id}", name=version.name, run=run.id,
                    parent=parent.name, object=weights)  # fmt: skip
+            measured_as = {"root": self.root(session, parent), "before": parent, "after": version}
             for measured, digest in figures:
-                of = version if measured["when"] == "after" else parent
+                of = measured_as[measured["when"]]
                 for metric in ("exact_match", "answer_loss"):
                     session.add(Measurement(
                         version_id=of.id, snapshot_id=measured["snapshot_id"], split=measured["split"], metric=metric,
                         task_id=session.get_one(Snapshot, measured["snapshot_id"]).task_id, value=measured[metric],
                         items=measured["items"], object=digest,
                     ))  # fmt: skip
+            for read, digest in probed:
+                of = version if read["when"] == "after" else parent
+                told = {name: read[name] for name in read.keys() & ProbeReading.model_fields.keys()}
+                session.add(ProbeReading(version_id=of.id, object=digest, **told))
             session.flush()
             self.decide(session, run, version, parent)
             row = session.get_one(Run, run.id)
@@ -397,18 +420,6 @@ class Listener:
                 return f"{label}: measuring", 0.9
 
 
-def lineage(session: Session, version: Version) -> list[tuple[Snapshot, Task]]:
-    """Return what a version has learned on its way from the base, oldest first; of a task learned twice, the newest."""
-    learned: dict[int, tuple[Snapshot, Task]] = {}
-    step: Version | None = version
-    while step is not None and step.run_id is not None:
-        run = session.get_one(Run, step.run_id)
-        if run.task_id not in learned:
-            learned[run.task_id] = session.get_one(Snapshot, run.snapshot_id), session.get_one(Task, run.task_id)
-        step = session.get(Version, step.parent_id)
-    return list(reversed(learned.values()))
-
-
 def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
     """Return a version's exact match on a snapshot's test items, or None where it was not measured."""
     return session.exec(
@@ -417,6 +428,12 @@ def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurem
             Measurement.split == "test", Measurement.metric == "exact_match",
         ).order_by(Measurement.id.desc())
     ).first()  # fmt: skip
+
+
+def is_read(session: Session, version_id: int, probe: str, ruler: str) -> bool:
+    """Say whether a version has a reading of this probe with the same items and knobs."""
+    found = select(ProbeReading.id).where(ProbeReading.version_id == version_id, ProbeReading.probe == probe)
+    return session.exec(found.where(ProbeReading.ruler == ruler)).first() is not None
 
 
 __all__ = ["Cancelled", "ClmError", "Cycle"]

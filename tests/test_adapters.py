@@ -16,7 +16,7 @@ from clm_app.engine.order import Exam
 from clm_app.errors import BadSettings
 from clm_app.registry import versions
 from clm_app.registry.versions import STARTER
-from clm_app.routes import BASE, RIDGE, WIDTH, Router, asked, hashed, is_routed, views
+from clm_app.routes import BASE, RIDGE, WIDTH, Router, Routing, asked, hashed, is_routed, routing, views
 from clm_app.serving.backends.llama_cpp import LlamaCpp
 from clm_app.serving.backends.transformers import Transformers
 from clm_app.serving.chat import ChatOptions, Message
@@ -214,6 +214,64 @@ def test_the_share_of_rehearsal_is_that_of_the_mix(learn):
     assert again.trained.figures["rehearsed"] == {"1": 8}, "8 of 32"
 
 
+def test_no_more_adapters_are_made_than_there_may_be(learn):
+    first = learn("one", "Colours", strategy_settings={"rows_share": 0.5})
+    second = learn("two", "Animals", first, strategy_settings={"most_adapters": 1})
+    assert Router.load(second.place).folders == {"Colours": "adapters/0000", "Animals": "adapters/0000"}
+    assert second.trained.figures["rehearsed"] == {"1": 24}
+    assert learn("three", "Animals", first, strategy_settings={"most_adapters": 2}).trained.figures["strategy"]["adapters"] == 2
+
+
+def test_what_the_choice_asked_of_the_router_is_not_asked_again(learn, monkeypatch):
+    first = learn("one", "Colours")
+    monkeypatch.setattr("clm_app.strategies.adapters.routing", lambda *_: pytest.fail("it was asked twice"))
+    told = Routing({"Colours": 0.6, "Animals": 0.4}, "Colours")
+    second = learn("two", "Animals", first, routing=told)
+    assert second.trained.figures["strategy"]["routed_to"] == told.routed_to
+    assert second.trained.figures["strategy"]["adapters"] == 1, "three fifths would go to the other one"
+
+
+def test_withdrawn_rows_are_taken_out_of_the_router_once_however_often_it_is_asked(learn):
+    first = learn("one", "Colours")
+    rows = [Row(**row) for row in make_rows(24, TASKS["Colours"])]
+    file = first.place.parents[1] / "one.rows.jsonl"
+    gone = {"withdrawn": [rows[0].key, rows[5].key], "counted": [("Colours", file)]}
+    second = learn("two", "Animals", first, **gone)
+    never = router(Colours=[row.prompt for row in rows if row.key not in gone["withdrawn"]], Animals=ANIMALS)
+    same(Router.load(second.place), never)
+    assert second.trained.figures["strategy"]["withdrawn"] == 2
+
+    again = learn("two", "Animals", first, **gone)  # its checkpoint is found, as after a kill
+    same(Router.load(again.place), never)
+    third = learn("three", "Tools", second, **gone)
+    assert third.trained.figures["strategy"]["withdrawn"] == 0, "they were out already"
+    never.folders["Tools"] = "adapters/0002"
+    never.add("Tools", [row["prompt"] for row in make_rows(24, TASKS["Tools"])])
+    same(Router.load(third.place), never)
+    assert first.trained.figures["strategy"]["withdrawn"] == 0 and Router.load(first.place).rows["Colours"] == 24
+
+
+def test_a_row_that_was_learned_twice_is_taken_out_twice_and_never_comes_in_again():
+    rows = [Row(**row) for row in make_rows(24, TASKS["Colours"])]
+    found, never = Router(), Router()
+    for one, kept in ((found, rows), (never, rows[1:])):
+        one.folders["Colours"] = ""
+        one.learn("Colours", kept)
+        one.learn("Colours", kept)
+    assert found.take_out([rows[0].key], [("Colours", rows), ("Colours", rows)]) == 2
+    same(found, never)
+    assert found.take_out([rows[0].key], [("Colours", rows), ("Colours", rows)]) == 0
+    found.learn("Colours", rows)
+    never.learn("Colours", rows[1:])
+    same(found, never)
+
+
+def same(found: Router, expected: Router) -> None:
+    assert found.counts == expected.counts and found.rows == expected.rows
+    assert np.allclose(found.gram, expected.gram, atol=1e-4)
+    assert all(np.allclose(found.sums[task], expected.sums[task], atol=1e-4) for task in expected.sums)
+
+
 def test_a_killed_run_ends_with_the_same_folder(learn):
     first = learn("one", "Colours")
     whole = learn("two", "Animals", first)
@@ -337,6 +395,61 @@ def test_auto_keeps_no_more_than_its_share_of_rows():
     assert choose("auto", {"rows_share": 0.02}, full).settings == {"rows_per_task": 20}
     assert choose("auto", {"rows_share": 0.02}, routed).settings == {"rows_share": 0.02}
     assert choose("auto", {"may_keep_rows": False}, routed).settings == {"rows_share": 0.0}
+
+
+KNOWN = Situation("routed", 10**7, 2, 1000, "", task="Birds", kept={"Cards": 37, "Loans": 8},
+                  folders={"Cards": "adapters/0000", "Loans": "adapters/0001"}, adapter_gb=1.25)  # fmt: skip
+APART, ALIKE = Routing({"Birds": 0.98, "Cards": 0.02}, "Cards"), Routing({"Birds": 0.59, "Cards": 0.41}, "Cards")
+
+
+@pytest.mark.parametrize(
+    ("known", "settings", "chosen", "says"),
+    [
+        ({"routing": APART}, {}, {}, "98% of its held-out prompts find it beside 2 tasks, so it keeps weights of its own"),
+        ({"routing": ALIKE}, {}, {},
+         "41% of its held-out prompts look like Cards, so it shares the adapter of Cards and rehearses 37 kept rows"),
+        ({"routing": ALIKE, "folders": {"Cards": "adapters/0000", "Loans": "adapters/0000"}}, {}, {},
+         "shares the adapter of Cards and rehearses 45 kept rows"),
+        ({"routing": ALIKE, "kept": {"Cards": 0, "Loans": 8}}, {}, {"same_above": 1.0},
+         "no rows of Cards are kept to rehearse in one adapter for both, so it keeps weights of its own; expect the router "
+         "to confuse about 41% of its prompts with Cards"),
+        ({"routing": ALIKE}, {"may_keep_rows": False}, {"rows_share": 0.0, "same_above": 1.0, "share": 0.0},
+         "no old rows may be kept to rehearse in one adapter for both"),
+        ({"routing": APART, "room": 2}, {}, {"most_adapters": 2},
+         "memory and disk have room for 2 of 1.2 GB each, and there are 2; Cards is the likest task, so it shares the "
+         "adapter of Cards and rehearses 37 kept rows"),
+        ({"routing": APART, "room": 2, "kept": {"Cards": 0, "Loans": 8}}, {}, {"most_adapters": 2},
+         "shares the adapter of Cards, and nothing holds what that has learned: no rows of it are kept"),
+        ({"routing": ALIKE, "room": 1}, {}, {"most_adapters": 2},
+         "there are 2; 41% of its held-out prompts look like Cards, so it shares"),
+        ({"routing": APART, "room": 3}, {}, {}, "98% of its held-out prompts find it"),
+        ({"task": "Loans"}, {}, {}, "Loans was learned before, so its own adapter is trained on and rehearses 8 kept rows"),
+    ],
+)  # fmt: skip
+def test_auto_says_what_the_router_and_the_room_made_it_choose(known, settings, chosen, says):
+    choice = choose("auto", settings, KNOWN._replace(**known))
+    assert choice.strategy == "adapters" and says in choice.why and choice.settings == {"rows_share": 0.05} | chosen
+    part_of(choice.strategy).Settings(**choice.settings)
+
+
+@pytest.mark.parametrize(
+    ("kept", "strategy", "says"),
+    [
+        ({"Cards": 5, "Loans": 0}, "replay", "No rows of Loans are kept, so that nothing protects what it knew of them"),
+        ({"Cards": 0, "Loans": 0}, "lwf", "and no rows of Cards and Loans are kept"),
+        ({"Cards": 5, "Loans": 8}, "replay", "Replay of at most 50 kept rows of each task: the version to go on from holds"),
+    ],
+)
+def test_auto_rehearses_over_one_set_of_weights_where_rows_are_kept_and_says_whose_are_not(kept, strategy, says):
+    choice = choose("auto", {}, Situation("full", 10**7, 2, 1000, "", kept=kept))
+    assert choice.strategy == strategy and says in choice.why
+
+
+def test_the_router_says_where_held_out_prompts_would_go_and_who_is_likest():
+    held_out = [Row(prompt=f"{word} and then", response="x") for word in ("cat", "dog", "red")]
+    found = routing(router(Colours=COLOURS), "Animals", [Row(**row) for row in make_rows(24, TASKS["Animals"])], held_out)
+    assert found.routed_to == pytest.approx({"Animals": 2 / 3, "Colours": 1 / 3}) and list(found.routed_to)[0] == "Animals"
+    assert found.nearest == "Colours"
 
 
 def test_any_other_strategy_is_taken_as_it_was_asked_for():

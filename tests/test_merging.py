@@ -460,18 +460,6 @@ def test_olora_begins_where_its_parent_answers_and_on_a_bare_base_is_plain_lora(
     assert all(torch.equal(bare.weights[n], naive.weights[n]) for n in naive.weights)
 
 
-@pytest.mark.parametrize("name, method", [("olora", "lora"), ("merge", "full"), ("merge", "lora"), ("wise", "full"),
-                                          ("olora+wise", "lora")])  # fmt: skip
-def test_a_killed_run_ends_with_the_very_same_weights(name, method, second):
-    how = {"training": {"checkpoint_every_s": 3.5}}
-    whole = second("whole", name, method, **how)
-    second("killed", name, method, stop_before=9, **how)
-    again = second("killed", name, method, **how)
-    assert 0 < len(again.steps) < len(whole.steps) == 16
-    assert whole.weights.keys() == again.weights.keys() and whole.figures == again.figures
-    assert all(torch.equal(whole.weights[n], again.weights[n]) for n in whole.weights)
-
-
 @pytest.mark.parametrize(
     "name", ["merge", "wise", "olora", "synthesised", "naive", "replay", "ewc", "der", "replay+l2sp"]
 )

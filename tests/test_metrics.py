@@ -41,8 +41,6 @@ def test_every_figure_is_the_one_worked_by_hand():
     # a: 0.9 - 0.9 = 0; b: 0.9 - 0.8 = 0.1; c: 0.9 - 1.0 = -0.1
     assert worked.intransigence(JOINT) == pytest.approx(0.0)
     assert worked.intransigence([1.0, 1.0, 1.0]) == pytest.approx((0.1 + 0.2 + 0.0) / 3)
-    # a: 0.5 / 0.9 = 0.5556; b: 0.7 / 0.8 = 0.875
-    assert worked.normalised_retention == pytest.approx((0.5 / 0.9 + 0.875) / 2)
 
 
 def test_forgetting_is_counted_from_the_best_moment_and_transfer_from_when_it_was_learned():
@@ -59,9 +57,8 @@ def test_what_was_not_measured_makes_no_figure():
     assert matrix(R).forward_transfer([None, 0.1, 0.1]) == pytest.approx(0.15), "the first task has no head start"
     assert matrix(R).forward_transfer([0.0, 0.1, None]) is None
     assert matrix(R).intransigence([0.9, None, 0.9]) is None and put(R, 1, 1, None).intransigence(JOINT) is None
-    assert put(R, 0, 0, None).normalised_retention is None and put(R, 0, 0, 0.0).normalised_retention is None
     one = matrix([[0.4]])
-    assert one.forgetting is one.forward_transfer([0.0]) is one.normalised_retention is None
+    assert one.forgetting is one.forward_transfer([0.0]) is None
     assert one.intransigence([0.5]) == pytest.approx(0.1)
 
 
@@ -93,6 +90,11 @@ def stream(rng: numpy.random.Generator, tasks: int, items: int, right: float = 0
     return [[rng.random(items) < right if j <= i else None for j in range(tasks)] for i in range(tasks)]
 
 
+def whole(cells: list[list]) -> list[list]:
+    """Return the rows that `bootstrap.intervals` takes: no base and no joint model were measured."""
+    return [[None] * len(cells)] * 2 + cells
+
+
 def plain(cells: list[list]) -> Matrix:
     return matrix([[None if cell is None else float(cell.mean()) for cell in row] for row in cells])
 
@@ -116,6 +118,16 @@ def test_a_figure_of_many_matrices_is_the_matrix_own_figure(name):
     assert figure(numpy.array([[[0.5]]]))[0] == pytest.approx(numpy.nan if single is None else single, nan_ok=True)
 
 
+def test_the_figures_of_many_matrices_with_base_and_joint_model_are_those_worked_by_hand():
+    rows = [[numpy.nan if v is None else v for v in row] for row in [BEFORE, JOINT, *R]]
+    found = bootstrap.figures(numpy.array([rows, rows]))
+    by_hand = {"average_accuracy": 2.2 / 3, "backward_transfer": -0.25, "forgetting": 0.25, "forward_transfer": 0.15,
+               "intransigence": 0.0}  # fmt: skip
+    assert {name: pytest.approx([value] * 2, abs=1e-9) for name, value in by_hand.items()} == found
+    said = matrix(R).model_copy(update={"before": BEFORE, "joint": JOINT}).figures
+    assert said == {name: pytest.approx(value, abs=1e-9) for name, value in by_hand.items()}
+
+
 @pytest.mark.parametrize("name", FIGURES[:2])
 def test_an_interval_contains_its_figure_and_narrows_with_the_items(name):
     rng, figure = numpy.random.default_rng(1), getattr(bootstrap, name)
@@ -133,7 +145,7 @@ def test_an_interval_is_as_wide_as_the_normal_one_and_depends_on_its_seed_alone(
     low, high = bootstrap.over_items([[answers]], resamples=4000)
     assert (low, high) == pytest.approx((0.75 - 1.96 * 0.02165, 0.75 + 1.96 * 0.02165), abs=0.004)
     assert bootstrap.over_items([[answers]], resamples=4000) == (low, high)
-    assert bootstrap.over_items([[answers]], resamples=4000, seed=1) != (low, high)
+    assert len({bootstrap.over_items([[answers]], resamples=4000, seed=seed) for seed in range(5)}) > 1
     inner = bootstrap.over_items([[answers]], level=0.5)
     assert low < inner[0] < inner[1] < high
 
@@ -156,14 +168,45 @@ def test_seeds_that_differ_widen_the_interval_beyond_that_of_the_items():
     rng = numpy.random.default_rng(3)
     alike = [stream(rng, 3, 400, 0.7) for _ in range(6)]
     apart = [stream(rng, 3, 400, share) for share in (0.45, 0.55, 0.65, 0.75, 0.85, 0.95)]
-    (low, high), (wide_low, wide_high) = bootstrap.over_seeds(alike), bootstrap.over_seeds(apart)
+    (low, high), (wide_low, wide_high) = (
+        bootstrap.intervals([whole(cells) for cells in streams])["average_accuracy"] for streams in (alike, apart)
+    )
     assert low < numpy.mean([plain(cells).average_accuracy for cells in alike]) < high
     assert wide_low < numpy.mean([plain(cells).average_accuracy for cells in apart]) < wide_high
     # The six shares have a standard deviation of 0.171, so their mean one of 0.07: about 0.27 wide.
     assert 0.2 < wide_high - wide_low < 0.34 and high - low < 0.08
-    one = bootstrap.over_seeds(apart[:1])
+    one = bootstrap.intervals([whole(apart[0])])["average_accuracy"]
     items = bootstrap.over_items(apart[0])
     assert one == pytest.approx(items, abs=0.01), "one seed: only its items are drawn"
+
+
+def test_an_item_that_is_drawn_counts_as_often_in_kinds_as_one_by_one():
+    rng = numpy.random.default_rng(5)
+    cells = [[rng.random(60) < 0.5], [rng.random(60) < 0.8]]
+    drawn = bootstrap.draw(cells, 20_000, rng)[:, :, 0]
+    places = rng.integers(0, 60, (20_000, 60))
+    singly = numpy.stack([row[0][places].mean(axis=1) for row in cells], axis=1)
+    assert drawn.mean(axis=0) == pytest.approx(singly.mean(axis=0), abs=0.003)
+    assert numpy.cov(drawn.T) == pytest.approx(numpy.cov(singly.T), abs=2e-4), "and so do two versions together"
+
+
+def test_the_interval_of_forgetting_stands_around_its_figure_however_many_moments_were_equally_good():
+    rng = numpy.random.default_rng(6)
+    known = rng.random((6, 300)) < 0.8
+    cells = [[known[j] ^ (rng.random(300) < 0.05) if j <= i else None for j in range(6)] for i in range(6)]
+    low, high = bootstrap.intervals([whole(cells)])["forgetting"]
+    figure = plain(cells).forgetting
+    assert low < figure < high and (low + high) / 2 == pytest.approx(figure, abs=0.003)
+    naive_low, _ = bootstrap.over_items(cells, bootstrap.forgetting)  # the best of each draw
+    assert naive_low > low + 0.003
+
+
+def test_a_change_is_drawn_in_pairs_and_the_mean_over_tasks_is_surer_than_one_task():
+    before = [numpy.arange(400) < 300, numpy.arange(400) < 300]
+    after = [numpy.arange(400) < 280, before[1]]  # 20 of 400 lost: standard error sqrt(0.05 * 0.95 / 400) = 0.0109
+    lost, same, mean = bootstrap.changes(before, after)
+    assert lost == pytest.approx((-0.05 - 1.96 * 0.0109, -0.05 + 1.96 * 0.0109), abs=0.003) and same == (0.0, 0.0)
+    assert mean == pytest.approx((lost[0] / 2, lost[1] / 2), abs=0.002)
 
 
 def test_a_figure_that_needs_what_was_not_measured_is_refused():
@@ -173,7 +216,7 @@ def test_a_figure_that_needs_what_was_not_measured_is_refused():
 
 
 def test_ten_tasks_of_450_items_take_well_under_a_second():
-    cells = stream(numpy.random.default_rng(4), 10, 450)
+    cells = whole(stream(numpy.random.default_rng(4), 10, 450))
     began = time.process_time()
-    bootstrap.over_items(cells, bootstrap.backward_transfer)
+    bootstrap.intervals([cells])
     assert time.process_time() - began < 1.0

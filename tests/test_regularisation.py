@@ -282,28 +282,6 @@ def test_der_takes_all_tokens_that_were_not_stored_as_one():
 # --- what each is for ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def unprotected() -> dict:
-    """What the naive streams of this module left, by method."""
-    return {}
-
-
-HALVING = ("ewc", "si", "der", "replay+ewc", "replay+lwf", "replay+ema")
-
-
-@pytest.mark.parametrize(
-    "name, method", [*[(name, method) for name in HALVING for method in ("full", "lora")], ("l2sp", "full")]
-)
-def test_it_forgets_at_most_half_of_what_is_forgotten_without_it_and_still_learns(name, method, stream, unprotected):
-    if method not in unprotected:
-        unprotected[method] = stream("naive", method)
-    seen, without = stream(name, method), unprotected[method]
-    assert without.forgotten > 2 and without.first.colours < 1, "there is something to forget, and it is forgotten"
-    assert seen.forgotten < 0.5 * without.forgotten
-    assert seen.first.colours < without.first.colours + 0.3
-    assert seen.learned > 0.5, "less than half of the animals' loss is left"
-
-
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_l2sp_stays_twice_as_near_to_the_version_before(method, stream):
     """Under LoRA this is what it can promise: a third of the colours' loss is saved by it, not half."""
@@ -437,29 +415,6 @@ def test_der_pulls_rehearsed_rows_towards_their_stored_answers(order_for, train,
             logits, _ = answer_logits(model, tensors(ANIMALS[:8], encoded, CPU))
         said[weight] = logits.softmax(-1)[..., told].mean().item()
     assert said[0.01] < 0.1 and said[5.0] > 0.5
-
-
-# --- killed and started again ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("name", [*OURS, "replay+ewc", "replay+ema"])
-def test_a_run_that_was_killed_ends_with_the_very_same_weights_and_memory(name, method, stream, order_for, train):
-    before = stream(name, method, epochs=1).changes
-    how = {"strategy": name, "method": method, **before,
-           "training": {"epochs": 3, "prompt_dropout": 0.3, "checkpoint_every_s": 3.5}}  # fmt: skip
-    full = train(order_for("uninterrupted", **how), ticking=True)
-    order = order_for("killed", **how)
-    cut, again = train(order, stop_before=7, ticking=True), train(order, ticking=True)
-    assert cut.steps and 0 < again.steps[0].number <= 7, "the second attempt goes on from a checkpoint"
-    assert full.weights.keys() == again.weights.keys() and full.weights
-    assert all(torch.equal(tensor, again.weights[n]) for n, tensor in full.weights.items())
-    assert full.trained.figures["strategy"] == again.trained.figures["strategy"]
-    states = [sorted(p for p in Path(s.trained.memory["state"]).rglob("*") if p.is_file())
-              for s in (full, again) if "state" in s.trained.memory]  # fmt: skip
-    assert len(states) in (0, 2) and (bool(states) == (name not in ("l2sp", "ema", "lwf", "replay+ema")))
-    for one, other in zip(*states, strict=True) if states else ():
-        assert one.read_bytes() == other.read_bytes(), one.name
 
 
 # --- several in one run ----------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import random
 from collections import Counter
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 import torch
@@ -333,24 +332,6 @@ def test_the_loss_of_prompts_counts_each_prompt_token_once(tokenizer, tiny_model
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["herding", "forgotten", "joint"])
-def test_a_killed_run_rehearses_and_keeps_the_very_same_rows(name, order_for, train, tmp_path):
-    dump(OLD["3"], tmp_path / "kept.jsonl")
-    how = {
-        "strategy": name,
-        "kept": {"3": tmp_path / "kept.jsonl"},
-        "training": {"checkpoint_every_s": 3.5, "epochs": 2},
-    }
-    whole = train(order_for("whole", **how), ticking=True)
-    killed = order_for("killed", **how)
-    train(killed, stop_before=5, ticking=True)
-    again = train(killed, ticking=True)
-    assert 0 < len(again.steps) < len(whole.steps)
-    assert all(torch.equal(whole.weights[n], again.weights[n]) for n in whole.weights)
-    kept = [Path(seen.trained.memory["new"]).read_text() for seen in (whole, again)]
-    assert kept[0] == kept[1] and whole.trained.figures["strategy"] == again.trained.figures["strategy"]
 
 
 def test_rehearsal_and_a_repair_work_together(order_for, train, tmp_path, exam_on):

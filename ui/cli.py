@@ -10,7 +10,8 @@ from rich.text import Text
 
 from clm_app.judging.matrix import Matrix
 from store.tables import Version
-from ui.parts.words import moment, percent, points
+from ui.parts.heat_map import said
+from ui.parts.words import moment, percent
 
 VERDICT_STYLE = {"promote": "green", "hold": "red", "inconclusive": "yellow"}
 STATE_STYLE = {"accepted": "green", "refused": "red", "candidate": "yellow", "base": "cyan"}
@@ -18,9 +19,7 @@ STATE_STYLE = {"accepted": "green", "refused": "red", "candidate": "yellow", "ba
 
 def matrix_table(matrix: Matrix, title: str = "What was kept") -> Table:
     """Return the retention matrix: a row per version, a column per task, exact match in percent of the test rows."""
-    figures = (
-        f"average accuracy {percent(matrix.average_accuracy)}\nbackward transfer {points(matrix.backward_transfer)}"
-    )
+    figures = "\n".join(f"{name.replace('_', ' ')} {value}{interval}" for name, value, interval in said(matrix))
     table = Table(title=title, caption=f"{figures}\nrow: version after learning task i; column: task j", min_width=46)
     table.add_column("after")
     for task in matrix.tasks:

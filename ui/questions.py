@@ -12,16 +12,19 @@ from typing import Any
 
 from sqlmodel import Session, func, select
 
+from clm_app.catalog import shelf
 from clm_app.data.rows import Row, load
 from clm_app.data.withdrawal import withdrawn_keys
 from clm_app.errors import BadInput, ClmError, NotThere
+from clm_app.judging.bootstrap import Interval, changes
 from clm_app.judging.gate import pair
-from clm_app.judging.matrix import Matrix, retention, tracks
+from clm_app.judging.matrix import Matrix, Measuring, being_measured, judged, retention, tracks
+from clm_app.probes._base import SHELF, Value
 from clm_app.registry import versions
 from clm_app.strategies._combined import part_of
 from clm_app.workspace import Workspace
 from store.series import progress
-from store.tables import AuditEvent, Decision, Deployment, Job, Measurement, Run, Snapshot, Task, Version
+from store.tables import AuditEvent, Decision, Deployment, Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
 from store.tables.work import ENDED
 
 NEWEST_JOBS = 20  # that a strategy's figures are taken from
@@ -93,13 +96,22 @@ def events_file(workspace: Workspace, run: Run) -> Path:
 
 
 def matrices(workspace: Workspace, job_id: int) -> dict[str, Matrix]:
-    """Return {track: matrix} of a job, main first; a track without a measurement is left out."""
-    found = {track: retention(workspace, job_id, track) for track in tracks(workspace, job_id)}
+    """Return {track: matrix with its intervals} of a job, main first; a track without a measurement is left out."""
+    found = {track: judged(workspace, job_id, track) for track in tracks(workspace, job_id)}
     return {track: matrix for track, matrix in found.items() if matrix}
 
 
+def matrices_now(workspace: Workspace, job_id: int) -> tuple[dict[str, Matrix], Measuring | None]:
+    """Return `matrices`, and the row that is being filled where a child measures."""
+    measuring = being_measured(workspace, job_id)  # first: its version may be registered between the two
+    found = matrices(workspace, job_id)
+    if measuring and measuring.track in found and len(found[measuring.track].versions) >= len(measuring.tasks):
+        measuring = None
+    return found, measuring
+
+
 def job_story(workspace: Workspace, job_id: int) -> dict[str, Any]:
-    """Return a job with its runs, each with its latest progress, and its matrices.
+    """Return a job with its runs, each with its latest progress, its matrices and the row that is being measured.
 
     The job's own row is read first: a story that says it has ended holds all that it ended with.
     """
@@ -108,17 +120,21 @@ def job_story(workspace: Workspace, job_id: int) -> dict[str, Any]:
         run.model_dump(mode="json") | {"task": name, "progress": progress.latest(events_file(workspace, run))}
         for run, name in runs_of(workspace, job_id)
     ]
+    found, measuring = matrices_now(workspace, job_id)
     return row | {
         "runs": runs,
-        "matrices": {track: plain_matrix(m) for track, m in matrices(workspace, job_id).items()},
+        "matrices": {track: plain_matrix(m) for track, m in found.items()},
+        "measuring": measuring.model_dump() if measuring else None,
         "decisions": decisions(workspace, job_id),
     }
 
 
 def plain_matrix(matrix: Matrix) -> dict[str, Any]:
-    """Return the matrix with its figures, shares 0..1; forgetting is None for one task."""
-    names = ("average_accuracy", "backward_transfer", "forgetting")
-    return matrix.model_dump() | {name: getattr(matrix, name) for name in names}
+    """Return the matrix with its figures, shares and differences of shares; None where one cannot be said.
+
+    intervals: {figure: [low, high]}, 95 %, over other test items; over_seeds: {figure: [mean, low, high]} over `seeds`.
+    """
+    return matrix.model_dump(mode="json") | matrix.figures
 
 
 def decisions(workspace: Workspace, job_id: int) -> list[dict[str, Any]]:
@@ -236,7 +252,8 @@ def _budget(run: Run) -> dict[str, Any]:
 def compare(workspace: Workspace, before: str, after: str) -> dict[str, Any]:
     """Return how two versions answer the same test items: scores of each task, and every item that flipped.
 
-    tasks: {task, items, before, after (shares), change_points, lost, gained}. flips: {task, item, prompt, response,
+    tasks: {task, items, before, after (shares), change_points, low_points, high_points (95 %, the items drawn in pairs),
+    lost, gained}. mean: the same of the mean over the tasks, without items and flips. flips: {task, item, prompt, response,
     kind (lost or gained), loss_before, loss_after (nats of the whole answer), route (the task adapter that answered
     after, "" where there is none)}; lost ones first, and the one whose answer became least likely first of all.
 
@@ -255,17 +272,21 @@ def compare(workspace: Workspace, before: str, after: str) -> dict[str, Any]:
     if not by_task:
         raise BadInput(f"{old.name} and {new.name} were not measured on the same test rows. Choose two of one line.")
     told, flips = [], []
-    for task, (m, n) in by_task.items():
-        files = [workspace.objects.path(found.object) for found in (m, n)]
-        paired = _paired(named[task], *files)
+    pairs = {task: tuple(workspace.objects.path(found.object) for found in one) for task, one in by_task.items()}
+    *intervals, interval = _changes(tuple(pairs.values()))
+    for (task, (m, _)), (low, high) in zip(by_task.items(), intervals, strict=True):
+        paired = _paired(named[task], *pairs[task])
         told.append({
             "task": paired.task, "items": len(paired.before), "before": fmean(paired.before), "after": fmean(paired.after),
-            "change_points": paired.change, "lost": paired.lost, "gained": paired.gained,
+            "change_points": paired.change, "low_points": 100 * low, "high_points": 100 * high,
+            "lost": paired.lost, "gained": paired.gained,
         })  # fmt: skip
         rows = {row.key: row for row in _rows(workspace.objects.path(places[m.snapshot_id]) / "test.jsonl")}
-        flips += _flips(named[task], rows, *map(_outcomes, files))
+        flips += _flips(named[task], rows, *map(_outcomes, pairs[task]))
     flips.sort(key=lambda flip: (flip["kind"] == "gained", flip["loss_before"] - flip["loss_after"]))
-    return {"before": old.name, "after": new.name, "tasks": told, "flips": flips}
+    mean = {name: fmean(one[name] for one in told) for name in ("before", "after", "change_points")}
+    mean |= {"low_points": 100 * interval[0], "high_points": 100 * interval[1]}
+    return {"before": old.name, "after": new.name, "tasks": told, "mean": mean, "flips": flips}
 
 
 def _measured(session: Session, version_id: int) -> dict[int, Measurement]:
@@ -292,6 +313,15 @@ _rows = lru_cache(maxsize=128)(load)
 
 
 @lru_cache(maxsize=128)
+def _changes(pairs: tuple[tuple[Path, Path], ...]) -> list[Interval]:
+    """Return the interval of each task's change and last of their mean, from the outcomes before and after."""
+    import numpy
+
+    found = [_paired("", *files) for files in pairs]
+    return changes([numpy.array(one.before) for one in found], [numpy.array(one.after) for one in found])
+
+
+@lru_cache(maxsize=128)
 def _labels(file: Path) -> Counter[str]:
     return Counter(row.label for row in load(file))
 
@@ -303,6 +333,39 @@ def _flips(task: str, rows: dict[str, Row], old: dict[str, dict], new: dict[str,
          "loss_after": new[item]["loss"], "route": new[item].get("route", "")}
         for item in old.keys() & new.keys() if old[item]["exact"] != new[item]["exact"]
     ]  # fmt: skip
+
+
+def readings(workspace: Workspace, version: Version) -> list[dict[str, Any]]:
+    """Return the newest reading of each probe on a version, with what has changed since the parent.
+
+    One dict for each: the row, its title, and since: {version, value, low, high}, the change with its 95 % interval over
+    the same items; None where the parent was not read with the same ruler.
+    """
+    found = []
+    with workspace.read() as session:
+        mine, parent = _read(session, version.id), session.get(Version, version.parent_id) if version.parent_id else None
+        before = _read(session, parent.id) if parent else {}
+        for name, cls in shelf(SHELF).items():
+            if (now := mine.get(name)) is None:
+                continue
+            then, since = before.get(name), None
+            if then and then.ruler == now.ruler:
+                change = _change(name, *(workspace.objects.path(reading.object) for reading in (then, now)))
+                since = {"version": parent.name} | change._asdict()
+            found.append(now.model_dump(mode="json") | {"title": cls.title, "since": since})
+    return found
+
+
+def _read(session: Session, version_id: int) -> dict[str, ProbeReading]:
+    """Return {probe: its newest reading} of a version."""
+    rows = session.exec(select(ProbeReading).where(ProbeReading.version_id == version_id).order_by(ProbeReading.id))
+    return {row.probe: row for row in rows}
+
+
+@lru_cache(maxsize=128)
+def _change(name: str, before: Path, after: Path) -> Value:
+    cls = shelf(SHELF)[name]
+    return cls(cls.Settings()).change(*(list(_outcomes(file).values()) for file in (before, after)))
 
 
 def counterpart(workspace: Workspace, version: Version) -> str | None:

@@ -1,4 +1,4 @@
-"""Take a row back: from then on no run is given it to rehearse, whatever buffer it lies in."""
+"""Take a row back: from then on no run is given it to rehearse, and no router that is made counts its words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clm_app.data.rows import dump, load
 from clm_app.errors import BadInput, NotThere
 from clm_app.workspace import Workspace
 from store.db import record
-from store.tables import Snapshot, Withdrawn
+from store.tables import Run, Snapshot, Task, Version, Withdrawn
 
 
 def withdraw(workspace: Workspace, key: str, reason: str, by: str) -> Withdrawn:
@@ -44,6 +44,20 @@ def withdraw(workspace: Workspace, key: str, reason: str, by: str) -> Withdrawn:
 def withdrawn_keys(session: Session) -> set[str]:
     """Return the key of every row that was withdrawn."""
     return set(session.exec(select(Withdrawn.key)).all())
+
+
+def counted(workspace: Workspace, session: Session, version: Version) -> list[tuple[str, Path]]:
+    """Return (task, file of training rows) of every run whose rows the router of a version counts, newest first.
+
+    A task that was learned twice with one adapter is there twice; a version without a router gives none.
+    """
+    found = []
+    while version.kind == "routed":
+        run = session.get_one(Run, version.run_id)
+        rows = workspace.objects.path(session.get_one(Snapshot, run.snapshot_id).object) / "train.jsonl"
+        found.append((session.get_one(Task, run.task_id).name, rows))
+        version = session.get_one(Version, version.parent_id)
+    return found
 
 
 def without(kept: Path, withdrawn: set[str], copy: Path) -> Path:

@@ -38,12 +38,14 @@ def main(file: Path) -> int:
     if order.threads:
         torch.set_num_threads(order.threads)
     try:
-        trained, measured = Engine(order, say).run()
+        engine = Engine(order, say)
+        trained, measured = engine.run()
     except Exception as error:  # the border of the child: a row and the log are told
         say(Failed(sentence=plain(explain(error)), detail=traceback.format_exc()))
         return 1
     draft = order.folder / ".result.json"
-    draft.write_text(json.dumps({"trained": trained.model_dump(), "measured": [m.model_dump() for m in measured]}))
+    told = {"measured": [m.model_dump() for m in measured], "probed": [p.model_dump() for p in engine.probed]}
+    draft.write_text(json.dumps({"trained": trained.model_dump()} | told))
     with open(draft, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(draft, order.folder / "result.json")

@@ -20,14 +20,17 @@ import torch
 from clm_app.catalog import pick
 from clm_app.data.rows import Row, dump, load
 from clm_app.data.template import load_tokenizer
+from clm_app.data.vocabulary import vocabulary
 from clm_app.engine import checkpoints
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, tensors
 from clm_app.engine.measure import sit
 from clm_app.engine.order import Order
+from clm_app.engine.probing import reading
 from clm_app.engine.routed import Routed
 from clm_app.engine.settings import SMALL_MODEL
 from clm_app.errors import BadModel, OutOfRoom
-from clm_app.events import Checkpointed, Event, Measured, Measuring, Progress, Started, Trained
+from clm_app.events import Checkpointed, Event, Measured, Measuring, Probed, Progress, Started, Trained
+from clm_app.probes._base import made as made_probes
 from clm_app.routes import is_routed
 from clm_app.strategies._combined import made
 
@@ -41,6 +44,7 @@ class Engine:
         self.order, self.say, self.knobs = order, say, order.training
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.strategy = made(order.strategy, order.strategy_settings, self.knobs.seed)
+        self.strategy.refuse(order)
         method = pick("clm_app.methods", order.method)
         self.method = method(method.Settings(**order.method_settings))
         self.tokenizer = load_tokenizer(order.base)
@@ -48,54 +52,80 @@ class Engine:
         self.new = load(order.rows)
         self.kept = {source: load(file) for source, file in order.kept.items()}
         self._epochs: dict[int, list] = {}
+        self.probed: list[Probed] = []
 
     def run(self) -> tuple[Trained, list[Measured]]:
         """Do the whole order and return what was trained and measured."""
-        self.strategy.refuse(self.order)
+        at_root = self.measured_at_root()
         torch.manual_seed(self.knobs.seed)
         start = self.strategy.begin_from(self.order)
-        model = self.method.prepare(self.load_base(), start).to(self.device)
+        model = self.method.prepare(self.load_base(self.method.loading(self.device)), start).to(self.device)
         self.hidden_size = model.get_input_embeddings().weight.shape[1]
         self.hidden_share = self.knobs.prompt_dropout
         if self.hidden_share is None:
             self.hidden_share = 0.1 if sizes(model)["parameters"] < SMALL_MODEL else 0.0
-        is_parent = start == self.order.adapter or not self.order.before
-        measured = self._exams(model if is_parent else self.parent(), self.order.before, "before")
+        is_parent = (start == self.order.adapter and not self.method.base_bits) or not (
+            self.order.before or self.order.probes_before
+        )
+        measured = self._exams(model if is_parent else self.parent(self.spare), self.order.before, "before")
         done = self.train(model)
         tested = self.answering(model, Path(done.folder))
-        return done, measured + self._exams(tested, self.order.after, "after")
+        return done, at_root + measured + self._exams(tested, self.order.after, "after")
 
-    def parent(self) -> torch.nn.Module:
-        """Return the version before, in a model of its own that is not trained."""
+    def measured_at_root(self) -> list[Measured]:
+        """Measure what the base knew before anything was learned, in a model that is gone before the next is loaded."""
+        if not self.order.at_root:
+            return []
+        return self._exams(self.load_base(folder=self.order.root).to(self.spare), self.order.at_root, "root")
+
+    def parent(self, device: torch.device | None = None) -> torch.nn.Module:
+        """Return the version before, in a model of its own that is not trained, beside the one that is."""
         if self.order.adapter is not None and is_routed(self.order.adapter):
-            return Routed(self.load_base(), self.order.adapter).to(self.device)
+            return Routed(self.load_base(), self.order.adapter).to(device or self.device)
         from clm_app.methods.full import Full
 
         return (
             Full(Full.Settings())
             .prepare(self.load_base(), self.order.adapter)
-            .to(self.device)
+            .to(device or self.device)
             .requires_grad_(False)
             .eval()
         )
 
     def answering(self, model: torch.nn.Module, weights: Path) -> torch.nn.Module:
-        """Return what answers as the written weights do: the trained model, unless the strategy made more of it."""
-        if not is_routed(weights):
-            return model
-        return Routed(self.load_base(), weights).to(self.device)
+        """Return what answers as a version of the written weights does.
 
-    def load_base(self) -> torch.nn.Module:
-        """Return a fresh copy of the base that the order names, in the precision that the method trains in."""
+        It is the trained model, unless the strategy made more of it or the base under it was rounded to be trained on.
+        """
+        if is_routed(weights):
+            return Routed(self.load_base(), weights).to(self.spare)
+        if not self.method.base_bits:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.load_base(), weights).to(self.spare)
+
+    @property
+    def spare(self) -> torch.device:
+        """Where the base that versions answer on is put: where it is trained, or on the CPU where a GPU has no room."""
+        if self.device.type == "cpu" or not self.method.base_bits:
+            return self.device
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        weights = sum(file.stat().st_size for file in self.order.base.glob("*.safetensors"))
+        return self.device if 1.2 * weights < free else torch.device("cpu")  # 1.2: activations beside the weights
+
+    def load_base(self, how: dict | None = None, folder: Path | None = None) -> torch.nn.Module:
+        """Return a fresh copy of the base that the order names, or of the model in another folder.
+
+        how: arguments of `from_pretrained`; None: as versions of this method answer on it.
+        """
         from transformers import AutoModelForCausalLM
 
-        dtype = (
-            torch.bfloat16 if self.device.type == "cuda" and self.method.weights_kind == "adapter" else torch.float32
-        )
+        how, folder = how or self.method.answering(self.device), folder or self.order.base
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.order.base, dtype=dtype, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, **how, local_files_only=True)
         except (OSError, ValueError, KeyError) as err:
-            raise BadModel(f"{self.order.base} cannot be loaded as a language model: {err}. Check the folder.") from err
+            raise BadModel(f"{folder} cannot be loaded as a language model: {err}. Check the folder.") from err
         if model.num_parameters() > 1e9:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -103,6 +133,7 @@ class Engine:
 
     def train(self, model: torch.nn.Module) -> Trained:
         """Take every step from the newest checkpoint on, then write the weights."""
+        self.strategy.prepare(self, model)  # first: it may put other layers over the model's own
         optimiser = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=self.peak,
@@ -110,7 +141,6 @@ class Engine:
             fused=True,
         )
         folder = self.order.folder / "checkpoints"
-        self.strategy.prepare(self, model)
         behind, steps = checkpoints.resume(folder, model, optimiser, self.strategy.restore), self.steps
         first = behind.get("step", 0)
         self._start(model, first, steps)
@@ -164,7 +194,7 @@ class Engine:
         """Return the batches of one pass; drawn from the seed and the number alone, so a resumed run sees the same."""
         if number not in self._epochs:
             rng = random.Random(f"{self.knobs.seed}/{number}")
-            mixed = self.strategy.mix(self.new, self.kept, rng)
+            mixed = [(s, self.strategy.retarget(s, row)) for s, row in self.strategy.mix(self.new, self.kept, rng)]
             self._rehearsed = {s: sum(1 for source, _ in mixed if source == s) for s in self.kept}
             self._rehearsed |= Counter(source for source, _ in mixed if source == "self")
             self._epochs = {number: batches(mixed, self.encoded, self.knobs.batch_rows, rng)}
@@ -228,6 +258,7 @@ class Engine:
             memory["state"] = str(state)
         figures = meter.figures() | sizes(model) | {
             "cut_rows": self.encoded.cut_rows, "rehearsed": self._rehearsed, "bfloat16": self.is_bfloat16,
+            "vocabulary": vocabulary(place) or vocabulary(self.order.base),
             "strategy": self.strategy.figures,
         }  # fmt: skip
         kind = self.strategy.weights_kind or self.method.weights_kind
@@ -236,11 +267,18 @@ class Engine:
         return done
 
     def _exams(self, model: torch.nn.Module, exams: list, when: str) -> list[Measured]:
-        found = []
+        """Sit every exam, then read the probes that are ordered for this moment into `probed`."""
+        found, asked = [], {"before": self.order.probes_before, "after": self.order.probes}.get(when, ())
+        chosen = [probe for probe in made_probes(self.order.probes) if probe.name in asked]
         for index, exam in enumerate(exams):
-            self.say(Measuring(task=exam.task, split=exam.split, done=index, of=len(exams)))
+            self.say(Measuring(task=exam.task, split=exam.split, done=index, of=len(exams) + len(chosen)))
             file = self.order.folder / when / f"{exam.snapshot_id}-{exam.split}.jsonl"
-            found.append(sit(model, exam, self.encoded, self.device, file, self.say))
+            found.append(sit(model, exam, self.encoded, next(model.parameters()).device, file, self.say))
+        for index, probe in enumerate(chosen, len(exams)):
+            self.say(Measuring(task=probe.title.lower(), split="probe", done=index, of=len(exams) + len(chosen)))
+            file = self.order.folder / when / f"{probe.name}.jsonl"
+            self.probed.append(reading(model, probe, self.tokenizer, file))
+            self.say(self.probed[-1])
         return found
 
 
@@ -287,9 +325,9 @@ class Meter:
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Return how many parameters a model has, and how many of them are trained."""
+    """Return how many parameters a model has, and how many of them are trained; in 4 bits two lie in one byte."""
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from clm_app.engine.settings import TrainingSettings
+from clm_app.routes import Routing
 
 
 class Exam(BaseModel):
@@ -36,14 +37,30 @@ class Order(BaseModel):
         default_factory=dict, description="{snapshot id: validation rows of a past task}, for a strategy that asks"
     )
     kept_tasks: dict[str, str] = Field(default_factory=dict, description="{snapshot id in `kept`: name of its task}")
+    learned: list[str] = Field(default_factory=list, description="names of the tasks that the parent has learned")
+    routing: Routing | None = Field(None, description="what the router says of this task, where the choice asked it")
+    withdrawn: list[str] = Field(
+        default_factory=list, description="keys of withdrawn rows, for a parent whose router counts rows"
+    )
+    counted: list[tuple[str, Path]] = Field(
+        default_factory=list, description="(task, training rows) of every run whose rows the parent's router counts"
+    )
+    vocabulary: str = Field("", description="digest of the tokens that the parent was trained with; empty: not known")
     state: Path | None = Field(None, description="what the parent's run of the same strategy saved for this one")
     strategy: str
     strategy_settings: dict
     method: str
     method_settings: dict
     training: TrainingSettings
+    at_root: list[Exam] = Field(default_factory=list, description="measured with the base at `root`, before all else")
     before: list[Exam] = Field(description="measured with the parent's weights, before the first step")
     after: list[Exam] = Field(description="measured with the trained weights")
+    probes: dict[str, dict] = Field(
+        default_factory=dict, description="{probe: its knobs}, read on the trained weights"
+    )
+    probes_before: list[str] = Field(
+        default_factory=list, description="those of `probes` that are read on the parent's weights too"
+    )
     threads: int = Field(description="CPU threads; 0 takes all cores")
 
     @property

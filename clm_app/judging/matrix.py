@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-from sqlmodel import select
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+from sqlmodel import Session, select
+
+from clm_app.judging import bootstrap
+from clm_app.judging.gate import exact_outcomes
 from clm_app.workspace import Workspace
+from store.objects import Objects
+from store.series.measured import since_trained
 from store.tables import Measurement, Run, Task, Version
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Made = list[tuple[Run, Version, str]]  # a stream's runs in order, each with its version and the name of its task
+
+NEWEST_STREAMS = 20  # of other jobs, that a stream is put beside
 
 
 class Matrix(BaseModel):
-    """values[i][j]: exact match (0..1, TEST) of task j by the version made after task i; None where not measured."""
+    """values[i][j]: exact match (0..1, TEST) of task j by the version made after task i; None where not measured.
+
+    before: b, exact match of each task by the base, before anything was learned. joint: a*, exact match of each task by
+    a model trained on all tasks up to it at once. intervals: (low, high) of a figure over other test items, 95 %.
+    seeds: of all jobs that learned this stream in the same way; over_seeds: (mean, low, high) of a figure over these and
+    their items, where there is more than one.
+    """
 
     tasks: list[str]
     versions: list[str]
     values: list[list[float | None]]
+    before: list[float | None] = []
+    joint: list[float | None] = []
+    intervals: dict[str, tuple[float, float]] = {}
+    seeds: list[int] = []
+    over_seeds: dict[str, tuple[float, float, float]] = {}
 
     @property
     def last(self) -> list[float | None]:
@@ -75,17 +102,27 @@ class Matrix(BaseModel):
         return _mean([_difference(joint[j], row[j]) for j, row in enumerate(self.values)])
 
     @property
-    def normalised_retention(self) -> float | None:
-        """Mean share of each earlier task that is still there: 1/(T-1) sum over j < T of R[T][j] / R[j][j].
+    def figures(self) -> dict[str, float | None]:
+        """Every figure by name, in the order they are shown; None where one cannot be said."""
+        return {
+            "average_accuracy": self.average_accuracy, "backward_transfer": self.backward_transfer,
+            "forgetting": self.forgetting,
+            "forward_transfer": self.forward_transfer(self.before) if self.before else None,
+            "intransigence": self.intransigence(self.joint) if self.joint else None,
+        }  # fmt: skip
 
-        1 where nothing was lost, whatever the level that was reached. None for one task, and where a value in it was
-        not measured or a task was not learned at all (R[j][j] = 0). Kemker et al. 2018 (arXiv:1708.02072) divide in the
-        same way, by a jointly trained model's accuracy.
-        """
-        return _mean([
-            self.last[j] / row[j] if row[j] and self.last[j] is not None else None
-            for j, row in enumerate(self.values[:-1])
-        ])  # fmt: skip
+
+class Measuring(BaseModel):
+    """A row of the matrix that is being filled: the version is trained, and its child measures it.
+
+    values: exact match (0..1, TEST) of the stream's tasks up to the one just learned; None where not measured yet. now:
+    the place of the task that is measured at this moment, or None.
+    """
+
+    track: str
+    tasks: list[str]
+    values: list[float | None]
+    now: int | None
 
 
 def _difference(one: float | None, other: float | None) -> float | None:
@@ -100,21 +137,59 @@ def _mean(values: list[float | None]) -> float | None:
 def retention(workspace: Workspace, job_id: int, track: str = "main") -> Matrix | None:
     """Return the matrix of one track of a job, or None until its first version is measured."""
     with workspace.read() as session:
-        made = session.exec(
-            select(Run, Version, Task.name).join(Version, Version.run_id == Run.id).join(Task, Task.id == Run.task_id)
-            .where(Run.job_id == job_id, Run.track == track).order_by(Run.position)
-        ).all()  # fmt: skip
-        figures = session.exec(
-            select(Measurement).where(
-                Measurement.version_id.in_([v.id for _, v, _ in made]),
-                Measurement.metric == "exact_match", Measurement.split == "test",
-            )
-        ).all()  # fmt: skip
-    if not made or not figures:
+        made = _made(session, job_id, track)
+        found = _measured(session, [v.id for _, v, _ in made])
+    if not made or not found:
         return None
-    by_pair = {(f.version_id, f.task_id): f.value for f in figures}
-    values = [[by_pair.get((v.id, column.task_id)) for column, _, _ in made] for _, v, _ in made]
+    values = [[found.get((v.id, column.snapshot_id), (None,))[0] for column, *_ in made] for _, v, _ in made]
     return Matrix(tasks=[name for *_, name in made], versions=[v.name for _, v, _ in made], values=values)
+
+
+def judged(workspace: Workspace, job_id: int, track: str = "main") -> Matrix | None:
+    """Return the matrix with everything it is compared with, and the intervals of its figures.
+
+    Intervals are left out where the outcomes behind the measurements are gone. Nothing is drawn twice: what is stored
+    never changes, so an interval is kept by the digests it was drawn from.
+    """
+    with workspace.read() as session:
+        made = _made(session, job_id, track)
+        if not made:
+            return None
+        streams = {made[0][0].seed: made} | _other_seeds(session, made)
+        grids = [_grid(session, one, _joint(session, one)) for one in streams.values()]
+    before, joint, *values = ([cell[0] if cell else None for cell in row] for row in grids[0])
+    if not any(value is not None for row in values for value in row):
+        return None
+    digests = tuple(tuple(tuple(cell and cell[1] for cell in row) for row in grid) for grid in grids)
+    root = workspace.objects.root
+    return Matrix(
+        tasks=[name for *_, name in made], versions=[v.name for _, v, _ in made], values=values, before=before,
+        joint=joint, intervals=_intervals(root, digests[:1]), seeds=sorted(streams),
+        over_seeds=_over_seeds(root, digests) if len(streams) > 1 else {},
+    )  # fmt: skip
+
+
+def being_measured(workspace: Workspace, job_id: int) -> Measuring | None:
+    """Return the row of the version that a job's child measures now, from what the child has said; None without one."""
+    with workspace.read() as session:
+        run = session.exec(select(Run).where(Run.job_id == job_id, Run.status == "running")).first()
+        if run is None or session.exec(select(Version.id).where(Version.run_id == run.id)).first():
+            return None
+        columns = session.exec(
+            select(Run.snapshot_id, Task.name).join(Task, Task.id == Run.task_id).order_by(Run.position)
+            .where(Run.job_id == job_id, Run.track == run.track, Run.position <= run.position)
+        ).all()  # fmt: skip
+    said = since_trained(workspace.home / run.folder / "events.jsonl")
+    if said is None:
+        return None
+    tests = [event for event in said if event.get("split") == "test"]
+    shares = {e["snapshot_id"]: e["exact_match"] for e in tests if e["kind"] == "measured" and e["when"] == "after"}
+    names = [name for _, name in columns]
+    current = tests[-1]["task"] if tests and tests[-1]["kind"] == "measuring" else None
+    return Measuring(
+        track=run.track, tasks=names, values=[shares.get(snapshot_id) for snapshot_id, _ in columns],
+        now=names.index(current) if current in names else None,
+    )  # fmt: skip
 
 
 def tracks(workspace: Workspace, job_id: int) -> list[str]:
@@ -122,3 +197,123 @@ def tracks(workspace: Workspace, job_id: int) -> list[str]:
     with workspace.read() as session:
         names = set(session.exec(select(Run.track).where(Run.job_id == job_id)))
     return sorted(names, key=lambda name: (name != "main", name))
+
+
+# --- what was measured, and by whom -------------------------------------------------------------------------------------
+
+
+def _made(session: Session, job_id: int, track: str) -> Made:
+    return list(session.exec(
+        select(Run, Version, Task.name).join(Version, Version.run_id == Run.id).join(Task, Task.id == Run.task_id)
+        .where(Run.job_id == job_id, Run.track == track).order_by(Run.position)
+    ))  # fmt: skip
+
+
+def _measured(session: Session, version_ids: list[int]) -> dict[tuple[int, int], tuple[float, str]]:
+    """Return {(version id, snapshot id): (exact match on its test items, digest of the outcomes)}, newest measurement."""
+    found = session.exec(
+        select(Measurement.version_id, Measurement.snapshot_id, Measurement.value, Measurement.object)
+        .where(Measurement.version_id.in_(version_ids), Measurement.metric == "exact_match", Measurement.split == "test")
+        .order_by(Measurement.id)
+    )  # fmt: skip
+    return {(version, taken): (value, digest) for version, taken, value, digest in found}
+
+
+def _grid(session: Session, made: Made, joint: list[int | None]) -> list[list[tuple[float, str] | None]]:
+    """Return (value, digest) of the outcomes of every cell; rows as those of `bootstrap.Cells`."""
+    parents = dict(session.exec(select(Version.id, Version.parent_id)).all())
+    root = made[0][1].id
+    while parents[root] is not None:
+        root = parents[root]
+    found = _measured(session, [root, *(v for v in joint if v), *(v.id for _, v, _ in made)])
+    rows = [[root] * len(made), joint, *([v.id] * len(made) for _, v, _ in made)]
+    return [[found.get((v, run.snapshot_id)) for v, (run, *_) in zip(row, made, strict=True)] for row in rows]
+
+
+def _beside(session: Session, made: Made, track: str, strategies: list[str]) -> list[Made]:
+    """Return what other jobs made from the same version of the same snapshots in the same order, newest job first.
+
+    Each as far as it went along, with the strategy named for each place.
+    """
+    first = made[0][0]
+    ids = session.exec(
+        select(Run.job_id).order_by(Run.job_id.desc()).limit(NEWEST_STREAMS).where(
+            Run.job_id != first.job_id, Run.track == track, Run.position == 0, Run.strategy == strategies[0],
+            Run.snapshot_id == first.snapshot_id, Run.parent_version_id == first.parent_version_id,
+        )
+    ).all()  # fmt: skip
+    wanted = [(run.position, run.snapshot_id, name) for (run, *_), name in zip(made, strategies, strict=True)]
+    return [
+        [one for one, _ in takewhile(
+            lambda pair: (pair[0][0].position, pair[0][0].snapshot_id, pair[0][0].strategy) == pair[1],
+            zip(_made(session, job_id, track), wanted, strict=False),
+        )] for job_id in ids
+    ]  # fmt: skip
+
+
+def _joint(session: Session, made: Made) -> list[int | None]:
+    """Return for each task the version that learned it at once with all tasks before it, None where there is none."""
+    found: list[int | None] = [None] * len(made)
+    for stream in _beside(session, made, "main", ["joint"] * len(made)):
+        for place, (_, version, _) in enumerate(stream):
+            found[place] = found[place] or version.id
+            if version.state != "accepted":
+                break  # the next one went on from another version, which had not learned this task
+    return found
+
+
+def _other_seeds(session: Session, made: Made) -> dict[int, Made]:
+    """Return {seed: stream} of other jobs that learned the whole of this one in the same way, the newest of each seed."""
+    found: dict[int, Made] = {}
+    for stream in _beside(session, made, made[0][0].track, [run.strategy for run, *_ in made]):
+        is_alike = len(stream) == len(made) and all(
+            _recipe(a) == _recipe(b) for (a, *_), (b, *_) in zip(made, stream, strict=True)
+        )
+        if is_alike and stream[0][0].seed != made[0][0].seed:
+            found.setdefault(stream[0][0].seed, stream)
+    return found
+
+
+def _recipe(run: Run) -> tuple[str, dict]:
+    training = {knob: value for knob, value in run.settings.get("training", {}).items() if knob != "seed"}
+    return run.method, {"strategy": run.settings.get("strategy"), "method": run.settings.get("method")} | training
+
+
+# --- intervals; kept, since objects never change -------------------------------------------------------------------------
+
+Grids = tuple[tuple[tuple[str | None, ...], ...], ...]  # of each stream the digests of its cells
+
+
+@lru_cache(maxsize=64)
+def _intervals(root: Path, grids: Grids) -> dict[str, tuple[float, float]]:
+    streams = _cells(root, grids)
+    return bootstrap.intervals(streams) if streams else {}
+
+
+@lru_cache(maxsize=64)
+def _over_seeds(root: Path, grids: Grids) -> dict[str, tuple[float, float, float]]:
+    """Return {figure: (mean over the streams, low, high)}."""
+    streams = _cells(root, grids)
+    if not streams:
+        return {}
+    each = [bootstrap.figures(bootstrap.shares(cells)) for cells in streams]
+    ends = bootstrap.intervals(streams)
+    return {name: (float(sum(one[name] for one in each)) / len(each), *ends[name]) for name in ends}
+
+
+def _cells(root: Path, grids: Grids) -> list[bootstrap.Cells]:
+    """Return the outcomes of every cell, or [] where an object is gone."""
+    objects = Objects(root)
+    try:
+        return [[[digest and _exact(objects.path(digest)) for digest in row] for row in grid] for grid in grids]
+    except KeyError:
+        return []
+
+
+@lru_cache(maxsize=4096)
+def _exact(file: Path) -> NDArray:
+    """Return 0 or 1 for each item of an outcomes file, in the order of the items' keys."""
+    import numpy
+
+    found = exact_outcomes(file)
+    return numpy.array([found[item] for item in sorted(found)])

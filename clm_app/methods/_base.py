@@ -23,10 +23,25 @@ class Method:
     name: ClassVar[str]  # the file's stem, set by the catalog
     title: ClassVar[str] = ""
     weights_kind: ClassVar[str] = "full"  # adapter or full: what `save` writes
+    base_bits: ClassVar[int] = 0  # bits that linear layers of the base are rounded to in training; 0: they are not
     Settings: ClassVar[type[BaseModel]] = NoSettings
 
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
+
+    @classmethod
+    def refuse(cls) -> None:
+        """Raise, without importing anything slow, where what is installed here cannot tune in this way."""
+
+    def loading(self, device: torch.device) -> dict:
+        """Return the arguments of `from_pretrained` for the base that is trained on."""
+        import torch
+
+        return {"dtype": torch.float32}
+
+    def answering(self, device: torch.device) -> dict:
+        """Return the same for the base that a version answers on; it differs where training rounds its weights."""
+        return self.loading(device)
 
     def learning_rate(self, hidden_size: int) -> float:
         """Return the peak learning rate for a model of this width where the person sets none."""

@@ -35,6 +35,12 @@ class Lora(Method):
     weights_kind = "adapter"
     Settings = LoraSettings
 
+    def loading(self, device: torch.device) -> dict:
+        """Return half precision on a GPU: the base is frozen, so that nothing small is ever added to it."""
+        import torch
+
+        return {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+
     def learning_rate(self, hidden_size: int) -> float:
         """Return 3e-4 at width 4096 and more for narrower models (LOG.md, "Training defaults": 4.8e-3 at 256)."""
         return 3e-4 * 4096 / hidden_size

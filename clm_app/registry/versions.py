@@ -126,6 +126,18 @@ def by_name(workspace: Workspace, name: str) -> Version:
     raise NotThere(f"There is no version {name!r}. Versions are live, {', '.join(names)}.")
 
 
+def lineage(session: Session, version: Version) -> list[tuple[Snapshot, Task]]:
+    """Return what a version has learned on its way from the base, oldest first; of a task learned twice, the newest."""
+    learned: dict[int, tuple[Snapshot, Task]] = {}
+    step: Version | None = version
+    while step is not None and step.run_id is not None:
+        run = session.get_one(Run, step.run_id)
+        if run.task_id not in learned:
+            learned[run.task_id] = session.get_one(Snapshot, run.snapshot_id), session.get_one(Task, run.task_id)
+        step = session.get(Version, step.parent_id)
+    return list(reversed(learned.values()))
+
+
 def everything(workspace: Workspace) -> list[Version]:
     """Return every version, newest first."""
     with workspace.read() as session:

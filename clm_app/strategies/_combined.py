@@ -107,6 +107,10 @@ class Combined(Strategy):
         mixing = next((part for part in self.all if type(part).mix is not Strategy.mix), self.all[0])
         return mixing.mix(new, kept, rng)
 
+    def retarget(self, source: str, row: Row) -> Row:
+        """Let each part replace the row that the one before it left."""
+        return reduce(lambda found, part: part.retarget(source, found), self.all, row)
+
     def loss(self, model, batch: dict, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Let each part change the loss that the one before it left."""
         return reduce(lambda found, part: part.loss(model, batch, logits, targets, found), self.all, loss)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from clm_app.data.rows import Row, load
 from clm_app.errors import BadSettings
-from clm_app.routes import BASE, Router, is_routed
+from clm_app.routes import BASE, Router, Routing, is_routed, routing
 from clm_app.strategies._base import Strategy
 from clm_app.strategies.replay import Replay, ReplaySettings
 
@@ -44,6 +43,10 @@ class AdaptersSettings(BaseModel):
         0.3, gt=0, le=1, description="a new task shares the adapter of a past one if more than this share of its "
         "held-out prompts would be routed there",
     )  # fmt: skip
+    most_adapters: int | None = Field(
+        None, ge=1, le=1_000_000, description="adapters of a version at most; then a new task shares the adapter of the "
+        "past task whose prompts are likest to its own; empty: no such limit",
+    )  # fmt: skip
     share: float = Field(
         0.5, ge=0, le=0.9, description="share of rehearsal in the mix where an adapter is trained again"
     )
@@ -56,9 +59,13 @@ class Adapters(Strategy):
     purpose = (
         "Keeps each task in an adapter of its own: forgetting is what the router confuses, whatever the number of tasks"
     )
-    needs = "no old rows; on disk and in memory one adapter for each task; no extra training time"
+    needs = (
+        "no old rows; on disk and in memory one adapter for each task, and beside the training a second copy of the model "
+        "to answer through all of them; no extra training time"
+    )
+    needs_parent = True
     weights_kind = "routed"
-    methods = ("lora",)
+    methods = ("lora", "qlora")
     Settings = AdaptersSettings
 
     def __init__(self, settings: AdaptersSettings, seed: int) -> None:
@@ -69,6 +76,7 @@ class Adapters(Strategy):
 
     def refuse(self, order: Order) -> None:
         """Refuse a parent that is neither a bare base nor such a set."""
+        super().refuse(order)
         is_learned = order.root is not None and order.base != order.root
         if is_learned or (order.adapter is not None and not is_routed(order.adapter)):
             raise BadSettings(
@@ -79,7 +87,7 @@ class Adapters(Strategy):
     def begin_from(self, order: Order) -> Path | None:
         """Return the adapter of the task, or of the past task it cannot be told from; else a copy of the last, or none."""
         self.parent, self.task = order.adapter, order.task
-        self.router = Router.load(self.parent) if self.parent else Router()
+        self.router = self._counted(order)
         self.folder = self.router.folders.get(self.task) or self._shared(order)
         self.rehearsed = self._rows_of(order)
         known = self.folder
@@ -87,18 +95,21 @@ class Adapters(Strategy):
             known = self.router.folders[self.router.tasks[-1]]
         return self.parent / known if known else None
 
+    def _counted(self, order: Order) -> Router:
+        """Return the parent's router, without the rows that were withdrawn since."""
+        router = Router.load(order.adapter) if order.adapter else Router()
+        self.figures["withdrawn"] = router.take_out(order.withdrawn, ((t, load(file)) for t, file in order.counted))
+        return router
+
     def _shared(self, order: Order) -> str | None:
-        """Probe: would this task's held-out prompts find its own adapter? Return the folder to share where not."""
+        """Return the folder of the adapter that this task shares; None where it gets its own."""
         if not self.router.tasks:
             return None
-        probe = Router.load(self.parent)
-        probe.folders[self.task] = ""
-        probe.add(self.task, (row.prompt for row in load(order.rows)))
         held_out = next((exam.file for exam in order.after if exam.split == "validation"), order.rows)
-        routed = Counter(probe.route(row.prompt) for row in load(held_out))
-        self.figures["routed_to"] = {task: count / routed.total() for task, count in routed.most_common()}
-        nearest, count = next(((t, c) for t, c in routed.most_common() if t not in (self.task, BASE)), (None, 0))
-        return probe.folders[nearest] if nearest and count / routed.total() > self.settings.same_above else None
+        found = order.routing or routing(self._counted(order), self.task, load(order.rows), load(held_out))
+        self.figures["routed_to"] = found.routed_to
+        past = shared(found, self.task, self.settings, len(set(self.router.folders.values())))
+        return self.router.folders[past] if past else None
 
     def _rows_of(self, order: Order) -> set[str]:
         """Return the snapshot ids whose kept rows live in the adapter that is trained now."""
@@ -130,6 +141,22 @@ class Adapters(Strategy):
         trained.rename(weights / folder)
         self.router.folders.pop(self.task, None)  # the task learned last stands last
         self.router.folders[self.task] = folder
-        self.router.add(self.task, (row.prompt for row in engine.new))
+        self.router.learn(self.task, engine.new)
         self.router.save(weights)
         self.figures["adapters"] = len(set(self.router.folders.values()))
+
+
+def shared(found: Routing, task: str, settings: AdaptersSettings, adapters: int) -> str | None:
+    """Return the past task whose adapter a new one shares; None where it gets its own.
+
+    adapters: that there are already.
+    """
+    other, share = confused(found, task)
+    if share > settings.same_above:
+        return other
+    return found.nearest if settings.most_adapters is not None and adapters >= settings.most_adapters else None
+
+
+def confused(found: Routing, task: str) -> tuple[str, float]:
+    """Return the past task that most of a new one's prompts would be sent to, and their share; ("", 0) for none."""
+    return next(((name, share) for name, share in found.routed_to.items() if name not in (task, BASE)), ("", 0.0))

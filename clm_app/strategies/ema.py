@@ -38,6 +38,10 @@ class Ema(Strategy):
     title = "EMA (slow weights)"
     purpose = "Smooths an update and leaves part of the version before in it; a gentle help, best joined as replay+ema"
     needs = "no old rows; memory for one more copy of the trained parameters; no extra time"
+    promise = (
+        "leaves a known share of the version before in the weights, which halves nothing by itself "
+        "(test_ema_writes_the_average_from_the_old_weights_on)"
+    )
     Settings = EmaSettings
 
     def prepare(self, engine: Engine, model: torch.nn.Module) -> None:

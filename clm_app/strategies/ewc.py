@@ -54,6 +54,7 @@ class Ewc(Strategy):
         "no old rows; on disk and in memory two more copies of the tuned weights (under LoRA: of the adapted layers, "
         "dense), and at the end one backward pass for each of `rows` rows"
     )
+    methods = ("full", "lora")  # not over 4 bits: importance is the gradient of the weights under the adapter
     Settings = EwcSettings
 
     def __init__(self, settings: EwcSettings, seed: int) -> None:

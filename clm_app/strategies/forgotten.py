@@ -73,7 +73,7 @@ class Forgotten(Replay):
         self._learned = {key: known.get(key, nats) for key, nats in now.items()}
         self._rise = {key: nats - self._learned[key] for key, nats in now.items()}
         risen = [rise for rise in self._rise.values() if rise > 0]
-        self.figures = {
+        self.figures |= {
             "measured": len(now), "first_measured": sum(key not in known for key in now), "risen": len(risen),
             "mean_rise": sum(risen) / len(risen) if risen else 0.0, "largest_rise": max(risen, default=0.0),
         }  # fmt: skip

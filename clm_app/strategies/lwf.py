@@ -42,6 +42,10 @@ class Lwf(Strategy):
     )
     needs = "no old rows; memory for the version before beside the new one, and a third more time for its answers"
     needs_parent = True
+    promise = (
+        "halves how far answers to the new prompts move from the version before, and holds no others "
+        "(test_lwf_stays_twice_as_near_to_the_version_before_on_the_new_prompts)"
+    )
     Settings = LwfSettings
 
     def prepare(self, engine: Engine, model: torch.nn.Module) -> None:

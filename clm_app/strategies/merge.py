@@ -49,6 +49,10 @@ class Merge(Strategy):
     title = "Merge with the version before"
     purpose = "Softens forgetting without old rows, and learning with it; the gate shows what is left of both"
     needs = "no old rows; with method full two more copies of the weights in memory, with lora next to nothing"
+    promise = (
+        "is exactly the chosen rule between the version before and the trained one, which gives up learning as well as "
+        "forgetting (test_merge_leaves_the_merged_change_of_what_training_alone_would_leave)"
+    )
     Settings = MergeSettings
 
     def __init__(self, settings, seed: int) -> None:

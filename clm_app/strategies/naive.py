@@ -9,3 +9,4 @@ class Naive(Strategy):
     """No protection at all."""
 
     title = "Naive (no protection)"
+    promise = "forgets, so that others can be set beside it (test_without_protection_the_first_task_is_forgotten)"

@@ -40,7 +40,7 @@ class Olora(Strategy):
     title = "O-LoRA (orthogonal ranks)"
     purpose = "Protects without old rows while tasks are few; each task learns a little less than it would alone"
     needs = "no old rows; the adapter grows by its rank with each task, and each step takes a little longer"
-    methods = ("lora",)
+    methods = ("lora", "qlora")
     Settings = OloraSettings
 
     def __init__(self, settings, seed: int) -> None:

@@ -67,7 +67,7 @@ class Si(Strategy):
         with safe_open(order.state / FILE, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(ANCHOR)]  # noqa: SIM118
             found = {name.removeprefix(ANCHOR): tuple(file.get_slice(name).get_shape()) for name in names}
-        refuse_other_shapes(found, shapes(order.base, order.adapter if order.method == "lora" else None))
+        refuse_other_shapes(found, shapes(order.base, order.adapter if order.method != "full" else None))
 
     def prepare(self, engine: Engine, model: torch.nn.Module) -> None:
         """Read importances and old weights, and note where the weights start."""

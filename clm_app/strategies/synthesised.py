@@ -18,7 +18,7 @@ from clm_app.strategies._base import Strategy
 from clm_app.strategies.replay import draw_evenly, rehearsal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -113,15 +113,13 @@ class Synthesised(Strategy):
         controls = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         ends = {end, tokenizer.eos_token_id}
 
-        def sampled(logits: torch.Tensor) -> torch.Tensor:
-            logits[:, [i for i in controls if i not in ends]] = -torch.inf
-            return torch.multinomial((logits / knobs.temperature).softmax(-1), 1, generator=generator)[:, 0]
+        sampled = drawing(knobs.temperature, generator, [i for i in controls if i not in ends])
 
         found: dict[str, Row] = {}
         self.figures = {"prompts": 0, "unfinished": 0, "short_or_twice": 0, "doubtful": 0}
         while len(found) < knobs.rows and self.figures["prompts"] < TRIES * knobs.rows:
             prompts = []
-            for ids, _, is_ended in _continued(parent, [opening] * ROWS, ends, knobs.prompt_tokens, sampled, tokenizer):
+            for ids, _, is_ended in continued(parent, [opening] * ROWS, ends, knobs.prompt_tokens, sampled, tokenizer):
                 self.figures["prompts"] += 1
                 text = tokenizer.decode(ids).strip()
                 if not is_ended:
@@ -131,7 +129,7 @@ class Synthesised(Strategy):
                 else:
                     prompts.append(text)
             asked = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
-            answers = _continued(parent, asked, {tokenizer.eos_token_id}, knobs.answer_tokens, _likeliest, tokenizer)
+            answers = continued(parent, asked, {tokenizer.eos_token_id}, knobs.answer_tokens, likeliest, tokenizer)
             for prompt, (ids, certainty, is_ended) in zip(prompts, answers, strict=True):
                 answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 if not (is_ended and answer):
@@ -143,8 +141,20 @@ class Synthesised(Strategy):
         return list(found.values())
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Return the likeliest ids (rows,) of logits (rows, vocabulary)."""
     return logits.argmax(-1)
+
+
+def drawing(temperature: float, generator: torch.Generator, never: Sequence[int] = ()) -> Callable:
+    """Return what draws the next ids (rows,) from logits (rows, vocabulary) at a temperature, and never some of them."""
+    import torch
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        logits[:, list(never)] = -torch.inf
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+    return drawn
 
 
 def _around_user(tokenizer) -> tuple[list[int], int]:
@@ -159,7 +169,7 @@ def _around_user(tokenizer) -> tuple[list[int], int]:
     )[0]
 
 
-def _continued(
+def continued(
     model: torch.nn.Module, starts: list[list[int]], ends: set[int], most: int, choose: Callable, tokenizer
 ) -> list[tuple[list[int], float, bool]]:
     """Return, for each start, (ids that follow, mean log-probability of them and the end, whether it came to an end).

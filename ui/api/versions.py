@@ -37,7 +37,8 @@ class Versions(Api):
         @router.get("/api/versions/{name}")
         def card(name: str) -> dict[str, Any]:
             """Return the lineage card of one version; the name "live" is the live one."""
-            return versions.card(workspace, versions.by_name(workspace, name))
+            version = versions.by_name(workspace, name)
+            return versions.card(workspace, version) | {"probes": questions.readings(workspace, version)}
 
         @router.get("/api/versions/{name}/kept")
         def kept(name: str) -> list[dict[str, Any]]:

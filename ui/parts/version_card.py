@@ -7,7 +7,8 @@ from typing import Any
 from clm_app.registry import versions
 from clm_app.workspace import Workspace
 from store.tables import Version
-from ui.parts.words import card, chip, moment, percent, safe, span, table
+from ui import questions
+from ui.parts.words import card, chip, moment, percent, points, safe, span, table
 
 
 def version_card(workspace: Workspace, version: Version, live_id: int) -> str:
@@ -17,7 +18,8 @@ def version_card(workspace: Workspace, version: Version, live_id: int) -> str:
     return card(
         version.name,
         f"<p>{state} {chip('comparison', 'naive') if version.track != 'main' else ''}</p>"
-        f"{_decision(told)}{_reason(told)}{_facts(told)}{_measurements(told)}{_deployments(told)}{_how(told)}",
+        f"{_decision(told)}{_reason(told)}{_facts(told)}{_measurements(told)}"
+        f"{_readings(workspace, version)}{_deployments(told)}{_how(told)}",
         f"made {moment(version.created_at)}",
     )
 
@@ -71,6 +73,27 @@ def _measurements(told: dict[str, Any]) -> str:
     return table(
         ["Task", "Test", "Validation", "Loss", "Test rows"], rows, "Exact match; loss in nats per answer token"
     )
+
+
+def _readings(workspace: Workspace, version: Version) -> str:
+    return "".join(f"<p>{safe(reading_in_words(found))}</p>" for found in questions.readings(workspace, version))
+
+
+def reading_in_words(found: dict[str, Any]) -> str:
+    """Return one answer of `questions.readings` as a sentence: value, interval, and what changed since the parent.
+
+    A change is called better or worse only where its 95 % interval lies on one side of zero.
+    """
+    is_share, since = found["unit"].startswith("share"), found["since"]
+    of = percent if is_share else "{:.2f}".format
+    unit = found["unit"].removeprefix("share").strip()
+    said = f"{found['title']}: {of(found['value'])} {unit} (95 % interval {of(found['low'])} to {of(found['high'])})"
+    if since is None:
+        return f"{said}."
+    change = points(since["value"]) if is_share else f"{since['value']:+.2f}".replace("-", "−")
+    is_noise, is_worse = since["low"] <= 0 <= since["high"], (since["value"] > 0) == found["lower_is_better"]
+    verdict = "no clear change" if is_noise else "worse" if is_worse else "better"
+    return f"{said}, {change} since {since['version']}: {verdict}."
 
 
 def _deployments(told: dict[str, Any]) -> str:

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from ui.parts.words import card, chip, count, percent, points, safe, table
+from ui.parts.words import between, card, chip, count, percent, points, safe, table
 
 SHOWN = 60  # flipped rows; the API has all
+COUNTS = ("lost", "gained", "items")
+CAPTION = (
+    "Exact match on the same test rows; lost and gained are rows that flipped. In brackets: where the change would lie in "
+    "95 of 100 cases, had other test rows been drawn; grey where that holds 0"
+)
 
 
 def with_without(found: dict[str, Any]) -> str:
     """Return the comparison as HTML. found: as `questions.compare` gives it."""
     before, after = found["before"], found["after"]
-    rows = [
-        [safe(t["task"]), percent(t["before"]), percent(t["after"]), _change(t["change_points"]),
-         f"{t['lost']:,}", f"{t['gained']:,}", f"{t['items']:,}"]
-        for t in found["tasks"]
-    ]  # fmt: skip
+    rows = [[*_scores(t, t["task"]), *(f"{t[name]:,}" for name in COUNTS)] for t in found["tasks"]]
+    lost, gained, items = (sum(t[name] for t in found["tasks"]) for name in COUNTS)
+    if len(rows) > 1:
+        rows.append([f"<b>{cell}</b>" for cell in (*_scores(found["mean"], "mean of the tasks"), lost, gained, items)])
     heads = ["Task", before, after, "Change", "Lost", "Gained", "Test rows"]
-    scores = table(
-        heads, rows, "Exact match on the same test rows; lost and gained are rows that flipped", is_safe=True
-    )
-    lost = sum(t["lost"] for t in found["tasks"])
-    note = f"{count(lost, 'row')} lost, {sum(t['gained'] for t in found['tasks']):,} gained"
+    scores = table(heads, rows, CAPTION, is_safe=True)
+    note = f"{count(lost, 'row')} lost, {gained:,} gained"
     return card(f"From {before} to {after}", scores + _flips(found["flips"]), note)
 
 
-def _change(change_points: float) -> str:
-    kind = "clm-lost" if change_points <= -10 else ""
-    return f'<span class="{kind}">{points(change_points / 100)}</span>'
+def _scores(one: dict[str, Any], name: str) -> list[str]:
+    return [safe(name), percent(one["before"]), percent(one["after"]), _change(one)]
+
+
+def _change(one: dict[str, Any]) -> str:
+    """Return the change with its interval; grey where the interval holds 0, so that chance may have made it."""
+    low, high = one["low_points"], one["high_points"]
+    kind = "clm-quiet" if low <= 0 <= high else "clm-lost" if one["change_points"] <= -10 else ""
+    ends = between((low / 100, high / 100), digits=1)
+    return f'<span class="{kind}">{points(one["change_points"] / 100)}{ends}</span>'
 
 
 def _flips(flips: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +23,14 @@ def percent(share: float | None) -> str:
 def points(share: float) -> str:
     """-0.032 -> "−3.2 points": a difference of two shares."""
     return f"{'−' if share < 0 else '+' if share > 0 else '±'}{abs(share) * 100:.1f}\N{NO-BREAK SPACE}points"
+
+
+def between(interval: Sequence[float] | None, digits: int) -> str:
+    """(-0.012, 0.031) -> " (−1.2 to 3.1)", in points or per cent as the figure before it; None -> nothing."""
+    if interval is None:
+        return ""
+    low, high = (f"{round(100 * end, digits) + 0.0:.{digits}f}".replace("-", "−") for end in interval)
+    return f" ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})"
 
 
 def count(number: int, noun: str) -> str:

@@ -21,7 +21,7 @@ from store.tables import Job
 from store.tables.work import ENDED
 from ui import questions
 from ui.parts.forms import SettingsForm
-from ui.parts.heat_map import heat_map
+from ui.parts.heat_map import heat_map, legend
 from ui.parts.job_card import job_card
 from ui.parts.live import Live, drawing
 from ui.parts.strategy_chooser import StrategyChooser, title
@@ -200,18 +200,21 @@ class Train(Tab):
 
     def _matrices(self, chosen: int) -> str:
         job = self._in_view(chosen)
-        found = questions.matrices(self.workspace, job.id) if job else {}
         if job is None:
             return ""
-        if not found:
+        found, measuring = questions.matrices_now(self.workspace, job.id)
+        if not found and not measuring:
             soon = "The retention matrix appears when the first task is learned and measured."
             return card("What was kept", f'<p class="clm-quiet">{soon}</p>')
         strategy = job.wish.get("strategy", "main")
         tasks = [source["name"] for source in job.wish.get("stream", [])]
         chosen = ", ".join(dict.fromkeys(reason["strategy"] for reason in questions.reasons(self.workspace, job.id)))
         titles = {"main": f"With {strategy}" + (f": {chosen}" if chosen else ""), "naive": "Naive: no protection"}
-        drawn = "".join(heat_map(matrix, titles.get(track, track), tasks) for track, matrix in found.items())
-        return card("What was kept", f'<div class="clm-pair">{drawn}</div>')
+        now = {measuring.track: measuring} if measuring else {}
+        drawn = "".join(
+            heat_map(found.get(track), titles.get(track, track), tasks, now.get(track)) for track in found | now
+        )
+        return card("What was kept", f'<div class="clm-pair">{drawn}</div>{legend(list(found.values()))}')
 
     def _decisions(self, chosen: int) -> str:
         job = self._in_view(chosen)
