@@ -8,6 +8,7 @@ at a weight, as in Sun et al. 2020 (LAMOL, arXiv:1909.03329): what has to be reh
 
 from __future__ import annotations
 
+import json
 import random
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,11 @@ class Synthesised(Strategy):
 
             with torch.random.fork_rng():  # the training's own draws are the same after a kill
                 dump(self._written(engine, engine.parent()), file.with_suffix(".draft"))
+            file.with_suffix(".json").write_text(json.dumps(self.figures), encoding="utf-8")
             file.with_suffix(".draft").replace(file)
         self._rows = load(file)
-        self.figures = {"rows": len(self._rows)} | self.figures
+        counts = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        self.figures = {"rows": len(self._rows)} | counts
 
     def mix(self, new: list[Row], kept: dict[str, list[Row]], rng: random.Random) -> list[tuple[str, Row]]:
         """Return the new rows once, and so many written rows that they are `share` of the whole."""
