@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import _report as report  # before torch: sets the app's environment
 from benchmarks._learning import JOINT, NAIVE, Arm, Stream, mean
+from benchmarks._stories import stories
 from benchmarks._streams import STREAMS, Kind
 from benchmarks._tasks import DEFAULT_STRATEGY, default_method
 from clm_app.engine.settings import TrainingSettings
@@ -27,6 +28,7 @@ from clm_app.judging.matrix import Matrix
 from clm_app.registry.versions import STARTER
 
 QUICK = {"tasks": 2, "rows_per_label": 15, "epochs": 3.0, "least_steps": 1}
+MODELS = {"starter": {}, "stories260K": {"learning_rate": 2e-3}}  # LOG.md, "Which strategy": the rate that suits it
 PALETTE = ("#0f766e", "#c2410c", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#0e7490", "#475569", "#9d174d")
 INTERVALS = {  # figures that are drawn again from their items, as clm_app/judging/bootstrap.py names them
     "accuracy": "average_accuracy", "bwt": "backward_transfer", "forgetting": "forgetting", "fwt": "forward_transfer",
@@ -226,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=report.DATA, help="folder of data sets, CLINC150 as clinc150 in it"
     )
-    parser.add_argument("--model", type=Path, default=STARTER, help="folder of the model, or stories260K")
+    parser.add_argument("--model", choices=MODELS, default="starter", help="stories260K: the fast set")
     parser.add_argument("--tasks", type=int, default=10, help="domains learned, from the front")
     parser.add_argument(
         "--arms", nargs="+", default=[NAIVE, "replay@0.05", DEFAULT_STRATEGY, JOINT], help="strategy@share:method"
@@ -244,11 +246,12 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="do again what is done")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (.svg or .png)")
     options = parser.parse_args()
-    knobs, kind = {}, STREAMS[options.stream]
+    knobs, kind = dict(MODELS[options.model]), STREAMS[options.stream]
+    model = STARTER if options.model == "starter" else stories(options.data / options.model, report.WORK)
     if options.quick:
         options.tasks, options.seeds = QUICK["tasks"], options.seeds[:1]
         options.rows_per_label = QUICK["rows_per_label"]
-        knobs = {"epochs": QUICK["epochs"], "least_steps": QUICK["least_steps"]}
+        knobs |= {"epochs": QUICK["epochs"], "least_steps": QUICK["least_steps"]}
     if options.fresh:
         shutil.rmtree(options.work, ignore_errors=True)
     method = options.method or default_method()
@@ -256,8 +259,7 @@ def main() -> None:
     tasks = kind.make(options.data, options.tasks, options.rows_per_label, report.WORK / "rows")
     asked = {(arm.text, seed): (arm, seed) for seed in options.seeds for arm in arms}
     found = lambda: {  # noqa: E731
-        key: Stream(*one, kind, tasks, TrainingSettings(**knobs), options.model, options.work)
-        for key, one in asked.items()
+        key: Stream(*one, kind, tasks, TrainingSettings(**knobs), model, options.work) for key, one in asked.items()
     }
     streams = found()
     todo = [] if options.done else [stream for stream in streams.values() if not stream.is_done]
@@ -265,7 +267,7 @@ def main() -> None:
     if options.workers > 1 and len(todo) > 1:
         mine = [
             "--stream", options.stream, "--data", str(options.data), "--tasks", str(options.tasks),
-            "--work", str(options.work), "--method", method, "--model", str(options.model),
+            "--work", str(options.work), "--method", method, "--model", options.model,
         ]  # fmt: skip
         mine += ["--rows-per-label", str(options.rows_per_label)] * bool(options.rows_per_label)
         side_by_side(todo, options.workers, [*mine, *["--quick"] * options.quick])

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,7 @@ from clm_app.routes import is_routed
 from clm_app.strategies._combined import made
 
 SAY_EVERY_S = 0.5
+NARROW_HEAD = 16  # numbers; below, attention in bfloat16 takes twice as long as in float32 on a CPU (LOG.md, "Engine")
 
 
 class Engine:
@@ -224,8 +226,18 @@ class Engine:
 
     @property
     def is_bfloat16(self) -> bool:
-        """Say whether steps are computed in bfloat16 (weights stay float32): where the processor has it in hardware."""
-        return torch.cuda.is_bf16_supported() if self.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        """Say whether steps are computed in bfloat16 (weights stay float32): where the processor is quicker at it."""
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported()
+        return torch.cpu._is_avx512_bf16_supported() and self.head_size >= NARROW_HEAD
+
+    @cached_property
+    def head_size(self) -> int:
+        """Numbers in one attention head of the base."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.order.base, local_files_only=True)
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     # --- what is said and written -------------------------------------------------------------------------------------
 
