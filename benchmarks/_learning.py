@@ -113,7 +113,7 @@ class Stream:
     def _key(self) -> str:
         """Return twelve digits over everything that decides a cell but the code, which each line names itself."""
         knobs = [
-            self.training.model_dump(exclude={"seed"}), file_digest(self.model / "model.safetensors"),
+            self.training.model_dump(exclude={"seed"}, exclude_defaults=True), file_digest(self.model / "model.safetensors"),
             [(t.name, file_digest(t.file("train")), file_digest(t.file("test"))) for t in self.tasks],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
@@ -166,7 +166,7 @@ class Stream:
             weights=before / "weights" if position else None, weights_kind=kind if position else "", kept=kept,
             after=[task.exam("validation"), *(t.exam("test") for t in self.measured_after(position))], model=self.model,
         ).model_copy(update={
-            "strategy_settings": settings, "task": task.name,
+            "strategy_settings": settings, "task": task.name, "learned": list(dict.fromkeys(t.name for t in past)),
             "kept_tasks": {str(t.number): t.name for t in past if str(t.number) in kept},
             "state": before / "state" if (before / "state").is_dir() and any((before / "state").iterdir()) else None,
             "held_out": {str(t.number): t.file("validation") for t in past} if way.needs_held_out_rows else {},

@@ -339,6 +339,19 @@ def turn_least_steps(*tools):
     assert (len(few.steps), len(more.steps)) == (4, 7)
 
 
+def turn_least_steps_again(train, order_for):
+    again = [
+        train(
+            order_for(
+                f"again-{least}", training={"least_steps": 9, "least_steps_again": least}, task="A", learned=["A"]
+            )
+        )
+        for least in (1, 7)
+    ]
+    fresh = train(order_for("fresh", training={"least_steps": 9, "least_steps_again": 1}, task="B", learned=["A"]))
+    assert [len(seen.steps) for seen in (*again, fresh)] == [4, 7, 9]
+
+
 def turn_batch_rows(*tools):
     small, large = turned(*tools, "batch_rows", 2, 8)
     assert {len(rows) for rows in small.rows} == {2} and {len(rows) for rows in large.rows} == {8}

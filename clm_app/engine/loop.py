@@ -217,7 +217,9 @@ class Engine:
     def steps(self) -> int:
         """Steps in the whole run."""
         epochs = self.knobs.epochs or self.method.epochs(self.hidden_size)
-        return max(self.knobs.least_steps, math.ceil(epochs * self.steps_per_epoch))
+        is_known = self.order.task in self.order.learned
+        least = self.knobs.least_steps_again if is_known else self.knobs.least_steps
+        return max(least, math.ceil(epochs * self.steps_per_epoch))
 
     @property
     def peak(self) -> float:

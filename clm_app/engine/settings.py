@@ -20,6 +20,9 @@ class TrainingSettings(BaseModel):
     least_steps: int = Field(
         160, ge=1, le=1_000_000, description="a small task is passed more often, up to this many steps"
     )
+    least_steps_again: int = Field(
+        32, ge=1, le=1_000_000, description="the same, of a task that the version to start from has learned before"
+    )
     batch_rows: int = Field(32, ge=1, le=4096, description="rows in one step")
     learning_rate: float | None = Field(
         None,
