@@ -106,7 +106,7 @@ class Stream:
         self.tasks = tasks[start:] + tasks[:start]
         self.names = list(dict.fromkeys(task.name for task in self.tasks))
         self.root = root / self._key()
-        self.folder = self.root / f"{arm.text.replace(':', '-')}-{seed}"
+        self.folder = self.root / f"{arm.text.partition(':')[0]}-{arm.method}-{seed}"
         self.lines = self.folder / "cells.jsonl"
         self.cells = self._read()
 

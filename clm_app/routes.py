@@ -213,6 +213,11 @@ def is_routed(weights: Path | None) -> bool:
     return weights is not None and (weights / FILE).exists()
 
 
+def is_whole(folder: Path) -> bool:
+    """Say whether what is kept of a task is every weight, and not a LoRA adapter over the base."""
+    return not (folder / "adapter_config.json").exists()
+
+
 def asked(messages: Iterable) -> str:
     """Return the text of a conversation that is routed: everything that the person said."""
     return "\n".join(m.content for m in messages if m.role == "user")

@@ -12,7 +12,7 @@ from clm_app.data.ingest import find, tasks
 from clm_app.data.reading import read_rows
 from clm_app.data.streams import TaskSource
 from clm_app.engine.memory import refuse_what_does_not_fit
-from clm_app.engine.settings import SMALL_MODEL, TrainingSettings
+from clm_app.engine.settings import TrainingSettings
 from clm_app.errors import BadData, BadInput, BadSettings, NotThere
 from clm_app.judging.gate import GateSettings
 from clm_app.probes._base import made as made_probes
@@ -72,9 +72,9 @@ class LearnWish(BaseModel):
         """
         first = Situation("base", parameters, learned_tasks=0, new_rows=0, method=self.method)
         chosen = strategy or choose(self.strategy, self.strategy_settings, first).strategy
-        possible = part_of(chosen).methods
-        wanted = self.method or ("full" if parameters < SMALL_MODEL else "lora")
-        return wanted if wanted in possible else possible[0]
+        way = part_of(chosen)
+        wanted = self.method or ("full" if parameters < way.full_below else "lora")
+        return wanted if wanted in way.methods else way.methods[0]
 
 
 def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:

@@ -138,9 +138,10 @@ def learn(order_for, train, tmp_path):
     return do
 
 
-def test_a_second_task_leaves_the_first_ones_adapter_bit_by_bit_as_it_was(learn):
-    first = learn("one", "Colours")
-    second = learn("two", "Animals", first)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_second_task_leaves_the_first_ones_adapter_bit_by_bit_as_it_was(learn, method):
+    first = learn("one", "Colours", method=method)
+    second = learn("two", "Animals", first, method=method)
     assert first.trained.weights_kind == second.trained.weights_kind == "routed"
     assert folder_digest(first.place / "adapters/0000") == folder_digest(second.place / "adapters/0000")
     assert folder_digest(second.place / "adapters/0001") != folder_digest(second.place / "adapters/0000")
@@ -272,11 +273,12 @@ def same(found: Router, expected: Router) -> None:
     assert all(np.allclose(found.sums[task], expected.sums[task], atol=1e-4) for task in expected.sums)
 
 
-def test_a_killed_run_ends_with_the_same_folder(learn):
-    first = learn("one", "Colours")
-    whole = learn("two", "Animals", first)
-    learn("three", "Animals", first, stop_before=20, training=ENOUGH | {"checkpoint_every_s": 0.1})
-    again = learn("three", "Animals", first)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_killed_run_ends_with_the_same_folder(learn, method):
+    first = learn("one", "Colours", method=method)
+    whole = learn("two", "Animals", first, method=method)
+    learn("three", "Animals", first, stop_before=20, training=ENOUGH | {"checkpoint_every_s": 0.1}, method=method)
+    again = learn("three", "Animals", first, method=method)
     assert folder_digest(again.place) == folder_digest(whole.place)
 
 
@@ -290,16 +292,36 @@ def test_a_single_adapter_and_learned_full_weights_are_refused_with_what_to_do(
         learn("two", "Colours", root=tmp_path)
 
 
+def test_weights_tuned_whole_for_a_task_go_on_whole_and_an_adapter_may_become_whole(learn):
+    whole = learn("one", "Colours", method="full")
+    assert (whole.place / "adapters/0000/model.safetensors").exists()
+    assert not (whole.place / "adapters/0000/tokenizer.json").exists(), "the base has it"
+    again = learn("two", "Colours", whole, method="full", training={"epochs": 1, "learning_rate": 1e-5})
+    assert again.steps[0].loss < 0.5 * whole.steps[0].loss, "it went on from what it knew"
+    with pytest.raises(BadSettings, match=r"tuned whole, and method lora trains an adapter. Choose method full"):
+        learn("three", "Colours", whole)
+    adapter = learn("four", "Colours")
+    grown = learn("five", "Colours", adapter, method="full", training={"epochs": 1, "learning_rate": 1e-5})
+    assert grown.steps[0].loss < 0.5 * adapter.steps[0].loss
+
+
 # --- what uses it ----------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_answered_through_the_adapter_of_its_task(learn, tiny_model, tmp_path):
-    second = learn("two", "Animals", learn("one", "Colours"))
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("full", "full"), ("full", "lora"), ("lora", "full")])
+def test_a_conversation_is_answered_through_the_adapter_of_its_task(learn, tiny_model, tmp_path, methods):
+    second = learn("two", "Animals", learn("one", "Colours", method=methods[0]), method=methods[1])
     backend = Transformers(tiny_model, second.place, threads=1, converted=tmp_path / "none")
     for task in ("Colours", "Animals", "Colours"):
         row = Row(**make_rows(4, TASKS[task])[0])
         pieces = backend.stream([Message(role="user", content=row.prompt)], ChatOptions(max_tokens=12), lambda: False)
         assert "".join(piece.text for piece in pieces).strip() == row.response
+    asked_for = [Message(role="user", content="xylophone")]
+    unknown, bare = (
+        [p.text for p in b.stream(asked_for, ChatOptions(max_tokens=5), lambda: False)]
+        for b in (backend, Transformers(tiny_model, None, threads=1, converted=tmp_path / "none"))
+    )
+    assert unknown == bare, "no task has a word of it, so the base answers"
 
 
 def test_llama_cpp_leaves_a_version_with_an_adapter_per_task_to_transformers(tmp_path, monkeypatch):
@@ -380,7 +402,8 @@ def test_objects_link_what_the_parent_has_and_copy_what_is_new(tmp_path):
         (Situation("routed", 10**7, 5, 1000, "lora"), {}, "adapters", "only the router"),
         (Situation("adapter", 10**7, 1, 1000, ""), {}, "replay", "holds 1 learned task in one set of weights"),
         (Situation("full", 10**7, 3, 1000, "full"), {}, "replay", "3 learned tasks"),
-        (Situation("base", 10**7, 0, 1000, "full"), {}, "replay", "method full was asked for"),
+        (Situation("base", 10**9, 0, 1000, "full"), {}, "replay", "method full was asked for"),
+        (Situation("base", 10**7, 0, 1000, "full"), {}, "adapters", "only the router"),
         (Situation("full", 10**7, 3, 1000, ""), {"may_keep_rows": False}, "lwf", "no old rows may be kept"),
     ],
 )
@@ -388,6 +411,13 @@ def test_auto_takes_what_suits_the_line_of_versions_and_says_why(situation, sett
     choice = choose("auto", settings, situation)
     assert choice.strategy == strategy and says in choice.why
     part_of(choice.strategy).Settings(**choice.settings)  # its settings are those of the one it chose
+
+
+def test_a_very_small_model_is_tuned_whole_for_each_task_and_a_larger_one_by_adapters():
+    wish = LearnWish(stream=[{"name": "any"}])
+    assert [wish.method_for(size) for size in (4_000_000, 50_000_000, 8_000_000_000)] == ["full", "lora", "lora"]
+    whole = LearnWish(stream=[{"name": "any"}], strategy="replay")
+    assert [whole.method_for(size) for size in (50_000_000, 8_000_000_000)] == ["full", "lora"]
 
 
 def test_auto_keeps_no_more_than_its_share_of_rows():

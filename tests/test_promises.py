@@ -194,13 +194,7 @@ def test_a_child_that_gets_sigkill_is_started_again_and_ends_with_the_very_same_
     file = order.folder / "order.json"
     file.write_text(order.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", "clm_app.engine.child", str(file)]
-    pipes = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.DEVNULL,
-        "cwd": ROOT,
-        "text": True,
-    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
     with subprocess.Popen(command, **pipes) as child:
         next(event for event in said(child) if event.kind == "checkpointed")
         child.send_signal(signal.SIGKILL)

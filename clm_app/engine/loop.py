@@ -253,7 +253,7 @@ class Engine:
     def _finish(self, model: torch.nn.Module, meter: Meter) -> Trained:
         draft, place = self.order.folder / ".weights", self.order.folder / "weights"
         self.method.save(model, draft)
-        if self.method.weights_kind == "full":
+        if self.method.weights_kind == "full" and self.strategy.weights_kind != "routed":
             self.tokenizer.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)
         self.strategy.assemble(self, draft)

@@ -21,10 +21,15 @@ class Full(Method):
         return 1.6e-5 * (4096 / hidden_size) ** 1.5
 
     def prepare(self, base: torch.nn.Module, adapter: Path | None) -> torch.nn.Module:
-        """Return the base with the parent's adapter merged in."""
+        """Return the base with the parent's adapter merged in, or the weights that were tuned for a task before."""
         if adapter is None:
             return base
         from peft import PeftModel
+
+        from clm_app.routes import is_whole
+
+        if is_whole(adapter):
+            return type(base).from_pretrained(adapter, dtype=base.dtype, local_files_only=True)
 
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         return merged.requires_grad_(True)  # PEFT froze the base under its adapter

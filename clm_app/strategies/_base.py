@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from clm_app.data.rows import Row, load
 from clm_app.data.vocabulary import refuse_other_tokens
+from clm_app.engine.settings import SMALL_MODEL
 from clm_app.errors import BadData, BadSettings
 from clm_app.routes import Routing, is_routed
 
@@ -71,6 +72,7 @@ class Strategy:
     needs_parent: ClassVar[bool] = False  # the model is loaded a second time, beside the one that is trained
     weights_kind: ClassVar[str | None] = None  # what `assemble` leaves; None: what the method saves
     methods: ClassVar[tuple[str, ...]] = ("full", "lora", "qlora")  # ways to tune that it works with
+    full_below: ClassVar[int] = SMALL_MODEL  # parameters; below, every weight is tuned where nobody chooses a method
     promise: ClassVar[str] = HALVES  # with each of `methods`, set beside naive; else a sentence, and its test
     Settings: ClassVar[type[BaseModel]] = NoSettings
 

@@ -1,7 +1,8 @@
 """One adapter per task: what was learned is never trained again, and a router finds the adapter of each prompt.
 
 Forgetting can come from the router alone, which keeps counts instead of rows (see routes.py). A task that comes again
-is trained on from its own adapter, with its own kept rows rehearsed.
+is trained on from its own adapter, with its own kept rows rehearsed. A very small model is tuned whole for each task,
+which learns better than LoRA there and takes no more room than a large model's LoRA adapter.
 
 Source: modular continual learning with a learned router, as in Aljundi et al. 2017 (Expert Gate, arXiv:1611.06194),
 with LoRA adapters as experts (Hu et al. 2021, arXiv:2106.09685) and naive Bayes as the gate.
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from clm_app.catalog import pick
 from clm_app.data.rows import Row, load
 from clm_app.errors import BadSettings
-from clm_app.routes import BASE, Router, Routing, is_routed, routing
+from clm_app.routes import BASE, Router, Routing, is_routed, is_whole, routing
 from clm_app.strategies._base import Strategy
 from clm_app.strategies.replay import Replay, ReplaySettings
 
@@ -65,7 +67,8 @@ class Adapters(Strategy):
     )
     needs_parent = True
     weights_kind = "routed"
-    methods = ("lora", "qlora")
+    methods = ("lora", "full", "qlora")
+    full_below = 20_000_000  # parameters; what is kept of a task is then 80 MB at most
     Settings = AdaptersSettings
 
     def __init__(self, settings: AdaptersSettings, seed: int) -> None:
@@ -93,6 +96,11 @@ class Adapters(Strategy):
         known = self.folder
         if known is None and self.settings.start == "previous" and self.router.tasks:
             known = self.router.folders[self.router.tasks[-1]]
+        if known and is_whole(self.parent / known) and pick("clm_app.methods", order.method).weights_kind == "adapter":
+            raise BadSettings(
+                f"{self.task} is trained on from a task's weights that were tuned whole, and method {order.method} trains an "
+                "adapter. Choose method full, or leave the method empty."
+            )
         return self.parent / known if known else None
 
     def _counted(self, order: Order) -> Router:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from clm_app.strategies._base import Choice, Situation, Strategy, listed
-from clm_app.strategies.adapters import AdaptersSettings, confused, shared
+from clm_app.strategies.adapters import Adapters, AdaptersSettings, confused, shared
 
 
 class AutoSettings(BaseModel):
@@ -37,7 +37,8 @@ class Auto(Strategy):
         rows = settings.rows_share if settings.may_keep_rows else 0.0
         if not settings.may_keep_rows:
             situation = situation._replace(kept=dict.fromkeys(situation.kept or (), 0))
-        if situation.parent_kind == "routed" or (situation.learned_tasks == 0 and situation.method in ("", "lora", "qlora")):
+        is_small_enough = situation.method != "full" or situation.parameters < Adapters.full_below
+        if situation.parent_kind == "routed" or (situation.learned_tasks == 0 and is_small_enough):
             return _adapters(situation, rows)
         return _one_set_of_weights(situation, rows)
 
@@ -57,7 +58,7 @@ def _adapters(situation: Situation, rows: float) -> Choice:
             "Task adapters: each task keeps weights of its own, so that only the router can confuse them, and no old "
             "rows are needed."
         ))  # fmt: skip
-    if is_full := count + 1 > situation.room:
+    if has_no_room := count + 1 > situation.room:
         settings["most_adapters"] = count
     other, share = confused(found, task)
     past = shared(found, task, AdaptersSettings(**settings), count)
@@ -67,7 +68,7 @@ def _adapters(situation: Situation, rows: float) -> Choice:
             f"Task adapters: {found.routed_to.get(task, 0.0):.0%} of its held-out prompts find it beside {_tasks(len(folders))}, "
             "so it keeps weights of its own, and only the router can confuse them."
         ))  # fmt: skip
-    if is_full:
+    if has_no_room:
         why = asked if share > AdaptersSettings().same_above else f"{past} is the likest task"
         return Choice("adapters", settings, (
             f"Task adapters: memory and disk have room for {situation.room:.0f} of {situation.adapter_gb:.2g} GB each, "

@@ -33,11 +33,16 @@ class Transformers(Backend):
         if routed:
             model = Routed(model, adapter)
         self.model = model.to("cuda", torch.bfloat16) if self.device == "cuda" else model
-        self.routed, self.model = (self.model, self.model.model) if routed else (None, self.model)
+        self.routed = self.model if routed else None
 
-    def answering(self, messages: list[Message]) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def answering(self, messages: list[Message]) -> Iterator[None]:
         """Choose the adapter that the router names for what the person said."""
-        return self.routed.using(self.routed.router.route(asked(messages))) if self.routed else contextlib.nullcontext()
+        if self.routed is None:
+            yield
+            return
+        with self.routed.using(self.routed.router.route(asked(messages))) as self.model:
+            yield
 
     def tokens(self, ids: list[int], choose: Callable[[np.ndarray], int]) -> Iterator[int]:
         """Yield reply tokens without end; see the contract."""
