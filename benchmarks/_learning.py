@@ -114,7 +114,10 @@ class Stream:
         """Return twelve digits over everything that decides a cell but the code, which each line names itself."""
         knobs = [
             self.training.model_dump(exclude={"seed"}, exclude_defaults=True), file_digest(self.model / "model.safetensors"),
-            [(t.name, file_digest(t.file("train")), file_digest(t.file("test"))) for t in self.tasks],
+            [
+                (t.name, file_digest(t.file("train")), file_digest(t.file("test")), *[t.least_steps] * bool(t.least_steps))
+                for t in self.tasks
+            ],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -161,8 +164,9 @@ class Stream:
         kept = {str(t.number): self._place(i) / "kept.jsonl" for i, t in enumerate(past)}
         kept = {number: file for number, file in kept.items() if file.exists()}
         way = made(strategy, settings, self.seed)
+        training = self.training.model_copy(update={"least_steps": task.least_steps} if task.least_steps else {})
         asked = order(
-            self._place(position), task.file("train"), self.training, strategy=strategy, method=self.arm.method,
+            self._place(position), task.file("train"), training, strategy=strategy, method=self.arm.method,
             weights=before / "weights" if position else None, weights_kind=kind if position else "", kept=kept,
             after=[task.exam("validation"), *(t.exam("test") for t in self.measured_after(position))], model=self.model,
         ).model_copy(update={

@@ -29,11 +29,15 @@ def default_method() -> str:
 
 
 class Learnable(NamedTuple):
-    """One task: its number in the stream (the exam's snapshot id), its name, and the folder with its three files."""
+    """One task: its number in the stream (the exam's snapshot id), its name, and the folder with its three files.
+
+    least_steps: as the training's knob, where this task needs more than the others.
+    """
 
     number: int
     name: str
     folder: Path
+    least_steps: int | None = None
 
     def file(self, part: str) -> Path:
         """Return the file of train, validation or test."""
