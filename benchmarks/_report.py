@@ -55,7 +55,7 @@ def figure(
 ) -> Figure:
     """Return a figure and whether it meets its bound; not judged where the work was cut short."""
     if at_least is None and at_most is None:
-        return Figure(name, round(value, 4))
+        return Figure(name, round(value, 4) + 0.0)  # no negative zero
     if at_least is not None:
         target, holds = f"at least {at_least:g}", value >= at_least
     else:

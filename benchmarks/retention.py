@@ -102,7 +102,7 @@ def _text(key: str, found: dict[int, dict[str, float]]) -> str:
         return ""
     value, margin = spread(key, found)
     digits = 0 if key in WHOLE else 3
-    return f"{value:.{digits}f}" + ("" if margin is None else f" ± {margin:.{digits}f}")
+    return f"{round(value, digits) + 0.0:.{digits}f}" + ("" if margin is None else f" ± {margin:.{digits}f}")
 
 
 def bars(streams: Streams, by_arm: Found, arms: list[Arm], kind: Kind, judged: bool) -> list[report.Figure]:

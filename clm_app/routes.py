@@ -151,10 +151,14 @@ class Router:
     def route(self, prompt: str) -> str:
         """Return the likeliest task; BASE where no word of the prompt was ever seen."""
         seen = views(prompt)
-        if seen["word"].isdisjoint(self.counts["word"]):
+        if not self.knows(seen):
             return BASE
         found = self.scores(seen)
         return max(found, key=found.__getitem__)
+
+    def knows(self, seen: dict[str, set[str]]) -> bool:
+        """Say whether any word of a text was ever seen."""
+        return not seen["word"].isdisjoint(self.counts["word"])
 
     def save(self, folder: Path) -> None:
         """Write `routes.json` with the counts and `routes.npz` with the sums; equal routers give equal bytes."""
@@ -202,8 +206,9 @@ def routing(router: Router, task: str, rows: Iterable[Row], held_out: Iterable[R
     router.learn(task, rows)
     routed, nearest = Counter(), Counter()
     for row in held_out:
-        routed[router.route(row.prompt)] += 1
-        scores = router.scores(views(row.prompt))
+        seen = views(row.prompt)
+        scores = router.scores(seen)
+        routed[max(scores, key=scores.__getitem__) if router.knows(seen) else BASE] += 1
         nearest[max(past, key=scores.__getitem__)] += 1
     return Routing({name: n / routed.total() for name, n in routed.most_common()}, nearest.most_common(1)[0][0])
 
