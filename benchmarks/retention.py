@@ -190,10 +190,10 @@ def plot(streams: Streams, arms: list[Arm], seeds: dict[str, list[int]], title: 
         height = mean(streams[arm.text, seed].summary()["accuracy"] for seed in seeds[arm.text])
         axis.axhline(height, color="#64748b", linewidth=1.1, linestyle=(0, (5, 4)), zorder=0)
         axis.annotate(
-            f"{arm.text}: all at once", (count * 1.3, height), (0, -4), textcoords="offset points", color="#64748b",
+            f"{arm.text}: all at once", (count * 1.5, height), (0, -4), textcoords="offset points", color="#64748b",
             fontsize=9, ha="right", va="top",
         )  # fmt: skip
-    axis.set(xlabel="tasks learned", ylim=(0, 1.05), xlim=(0.7, count * 1.3), xticks=places)
+    axis.set(xlabel="tasks learned", ylim=(0, 1.05), xlim=(0.7, count * 1.5), xticks=places)
     axis.set_title(f"{title}: exact match on TEST over the tasks seen", loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#e2e8f0", linewidth=0.8)
