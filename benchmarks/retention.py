@@ -27,7 +27,7 @@ from clm_app.judging import bootstrap
 from clm_app.judging.matrix import Matrix
 from clm_app.registry.versions import STARTER
 
-QUICK = {"tasks": 2, "rows_per_label": 15, "epochs": 3.0, "least_steps": 1}
+QUICK = {"tasks": 2, "rows_per_label": 10, "epochs": 3.0, "least_steps": 1}
 MODELS = {"starter": {}, "stories260K": {"learning_rate": 2e-3}}  # LOG.md, "Which strategy": the rate that suits it
 PALETTE = ("#0f766e", "#c2410c", "#1d4ed8", "#a16207", "#7e22ce", "#be123c", "#4d7c0f", "#0e7490", "#475569", "#9d174d")
 INTERVALS = {  # figures that are drawn again from their items, as clm_app/judging/bootstrap.py names them
