@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import contextlib
 from pathlib import Path
 
 from clm_app.data.rows import Row
 from clm_app.engine.order import Order
 from clm_app.engine.settings import TrainingSettings
+from clm_app.judging.wording import token_f1
 
 ROWS = 50  # answers generated at a time
 LONGEST = 160  # tokens of a generated answer
@@ -31,7 +31,7 @@ def exact_match(model: Path, tasks: dict[str, list[Row]]) -> dict[str, list[int]
     }
 
 
-def token_f1(order: Order, weights_kind: str, tasks: dict[str, list[Row]]) -> dict[str, float]:
+def mean_f1(order: Order, weights_kind: str, tasks: dict[str, list[Row]]) -> dict[str, float]:
     """Return {task: mean token F1 of the answers that a run's weights generate greedily, 0..1}."""
     from clm_app.engine.loop import Engine
     from clm_app.engine.routed import Routed
@@ -39,20 +39,16 @@ def token_f1(order: Order, weights_kind: str, tasks: dict[str, list[Row]]) -> di
     weights = order.folder / "weights"
     place = {"base": weights, "adapter": None} if weights_kind == "full" else {"adapter": weights}
     engine = Engine(order.model_copy(update=place), lambda event: None)
-    model = engine.parent()
-    found = {}
+    model, found = engine.parent(), {}
     for name, rows in tasks.items():
         said = [""] * len(rows)
-        groups = model.groups([r.prompt for r in rows]) if isinstance(model, Routed) else {"": list(range(len(rows)))}
+        groups = model.groups([r.prompt for r in rows]) if isinstance(model, Routed) else {"": range(len(rows))}
         for task, places in groups.items():
-            if isinstance(model, Routed):
-                with model.using(task) as answering:
-                    texts = generated(engine, answering, [rows[i] for i in places])
-            else:
-                texts = generated(engine, model, [rows[i] for i in places])
+            with model.using(task) if isinstance(model, Routed) else contextlib.nullcontext(model) as answering:
+                texts = generated(engine, answering, [rows[i] for i in places])
             for i, text in zip(places, texts, strict=True):
                 said[i] = text
-        found[name] = sum(f1(text, row.response) for text, row in zip(said, rows, strict=True)) / len(rows)
+        found[name] = sum(token_f1(text, row.response) for text, row in zip(said, rows, strict=True)) / len(rows)
     return found
 
 
@@ -75,10 +71,3 @@ def generated(engine, model, rows: list[Row]) -> list[str]:
             )  # fmt: skip
         texts += tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
     return texts
-
-
-def f1(said: str, right: str) -> float:
-    """Return the harmonic mean of precision and recall over words, 0..1 (Rajpurkar et al. 2016, arXiv:1606.05250)."""
-    one, other = (re.findall(r"\w+", text.lower()) for text in (said, right))
-    shared = sum((Counter(one) & Counter(other)).values())
-    return 2 * shared / (len(one) + len(other)) if shared else float(one == other)

@@ -244,10 +244,10 @@ class Stream:
         """Return {task: token F1 of generated answers} where answers are sentences: of this task, and of all at the end."""
         if not self.kind.is_text:
             return {}
-        from benchmarks._answers import token_f1
+        from benchmarks._answers import mean_f1
 
         chosen = self.tasks if task in ("all", self.tasks[-1].name) else [t for t in self.tasks if t.name == task]
-        return token_f1(asked, weights_kind, {t.name: load(t.file("test")) for t in chosen})
+        return mean_f1(asked, weights_kind, {t.name: load(t.file("test")) for t in chosen})
 
     def _seen(self, position: int) -> list[str]:
         return [t.name for t in (self.tasks if self.arm.strategy == JOINT else self.tasks[: position + 1])]
@@ -298,6 +298,18 @@ class Stream:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {name: numpy.array(items, numpy.int8) for name, items in found.items()}
 
+    def general(self) -> dict[str, float]:
+        """Return what every probe reads of the weights at the end of the stream, by its name; read once."""
+        file, last = self.folder / "general.json", self._place(self.cells[-1].position)
+        if not file.exists():
+            from clm_app.engine.probing import of_folder
+
+            kind = json.loads((last / "kind.json").read_text(encoding="utf-8"))
+            place = (last / "weights", None) if kind == "full" else (self.model, last / "weights")
+            found = {event.probe: event.value for event in of_folder(last, *place)}
+            file.write_text(json.dumps(found), encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))
+
     def right_at_once(self) -> list[NDArray]:
         """Return 0 or 1 for each TEST item of each task, of an arm that learns all at once."""
         return [self._right(0, name) for name in self.names]
@@ -313,7 +325,9 @@ class Stream:
     def summary(self) -> dict[str, float]:
         """Return the figures of this stream; accuracy and transfer as shares, times in seconds, sizes in bytes."""
         last = self.cells[-1]
-        found = {"seconds": sum(c.seconds for c in self.cells), "cpu_seconds": sum(c.cpu_seconds for c in self.cells)}
+        found = self.general() | {
+            "seconds": sum(c.seconds for c in self.cells), "cpu_seconds": sum(c.cpu_seconds for c in self.cells)
+        }  # fmt: skip
         if last.f1:
             found |= {"f1": mean(last.f1.values()), "loss": mean(last.losses[name] for name in self.names)}
         if self.arm.strategy == JOINT:

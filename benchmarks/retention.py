@@ -41,6 +41,7 @@ NAMES = {
     "first_round": "after the first round",
     "worst_round": "worst round", "f1": "token F1", "f1_learned": "token F1 just learned", "f1_lost": "token F1 lost",
     "loss": "nats per token", "loss_risen": "nats per token risen", "cpu_seconds": "CPU s",
+    "general_text": "general text, bits per byte", "general_ability": "general ability",
     "kept_kb": "rows and state kept, kB", "weights_mb": "weights, MB",
 }  # fmt: skip
 WHOLE = ("cpu_seconds", "kept_kb")  # shown without decimals

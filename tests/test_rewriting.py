@@ -16,7 +16,8 @@ from clm_app.data.rows import Row, dump, load
 from clm_app.data.template import load_tokenizer
 from clm_app.engine.batches import Encoded
 from clm_app.engine.measure import outcomes
-from clm_app.strategies.self_distillation import SelfDistillation, holds, token_f1
+from clm_app.judging.wording import token_f1
+from clm_app.strategies.self_distillation import SelfDistillation, holds
 from tests.smallest import TASKS, make_rows
 
 NEW = [Row(**row) for row in make_rows(16, TASKS["Colours"])]

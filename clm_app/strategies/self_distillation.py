@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from clm_app.data.rows import Row
+from clm_app.judging.wording import token_f1, words
 from clm_app.strategies._base import Strategy
 from clm_app.strategies.synthesised import ROWS, continued, drawing, likeliest
 
@@ -163,19 +164,7 @@ class SelfDistillation(Strategy):
         return "rewritten" if holds(answer, row) else "lost"
 
 
-def _words(text: str) -> list[str]:
-    """Return the words in lower case without the marks around them; a sign or a point inside a number stays."""
-    return [word for found in text.lower().split() if (word := found.strip(".,;:!?()[]{}\"'`*_"))]
-
-
 def holds(answer: str, row: Row) -> bool:
     """Say whether an answer holds the row's label word for word, or its response where the label is no part of that."""
-    said, given, label = (f" {' '.join(_words(text))} " for text in (answer, row.response, row.label))
+    said, given, label = (f" {' '.join(words(text))} " for text in (answer, row.response, row.label))
     return (label if label in given else given) in said
-
-
-def token_f1(said: str, right: str) -> float:
-    """Return the harmonic mean of precision and recall over words, 0..1 (Rajpurkar et al. 2016, arXiv:1606.05250)."""
-    one, other = _words(said), _words(right)
-    shared = (Counter(one) & Counter(other)).total()
-    return 2 * shared / (len(one) + len(other)) if shared else 0.0
