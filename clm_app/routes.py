@@ -110,7 +110,9 @@ class Router:
         return count
 
     def _count(self, view: str, feature: str, task: str, sign: int) -> None:
-        found = self.counts[view].setdefault(feature, Counter())
+        found = self.counts[view].get(feature)
+        if found is None:  # not setdefault: it would make an unused Counter for each of 100,000 features
+            found = self.counts[view][feature] = Counter()
         found[task] += sign
         if found[task] <= 0:
             del found[task]

@@ -75,6 +75,7 @@ class Adapters(Strategy):
         super().__init__(settings, seed)
         self.parent: Path | None = None
         self.router, self.task, self.folder = Router(), "", None  # folder: of the adapter trained on; None: a fresh one
+        self.is_counted = False  # whether the router has this task's rows in its sums already
         self.rehearsed: set[str] = set()  # snapshot ids whose kept rows live in the adapter that is trained
 
     def refuse(self, order: Order) -> None:
@@ -114,7 +115,10 @@ class Adapters(Strategy):
         if not self.router.tasks:
             return None
         held_out = next((exam.file for exam in order.after if exam.split == "validation"), order.rows)
-        found = order.routing or routing(self._counted(order), self.task, load(order.rows), load(held_out))
+        found = order.routing
+        if found is None:
+            found = routing(self.router, self.task, load(order.rows), load(held_out))
+            self.is_counted = self.router.folders.pop(self.task, None) is not None
         self.figures["routed_to"] = found.routed_to
         past = shared(found, self.task, self.settings, len(set(self.router.folders.values())))
         return self.router.folders[past] if past else None
@@ -149,7 +153,8 @@ class Adapters(Strategy):
         trained.rename(weights / folder)
         self.router.folders.pop(self.task, None)  # the task learned last stands last
         self.router.folders[self.task] = folder
-        self.router.learn(self.task, engine.new)
+        if not self.is_counted:
+            self.router.learn(self.task, engine.new)
         self.router.save(weights)
         self.figures["adapters"] = len(set(self.router.folders.values()))
 
