@@ -22,7 +22,7 @@ def shelf(package: str) -> dict[str, type]:
     contract: type = importlib.import_module(f"{package}._base").CONTRACT
     found: dict[str, type] = {}
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if info.name.startswith("_"):
+        if info.name.startswith("_") or info.ispkg:  # a folder on a shelf is a shelf of its own
             continue
         module = importlib.import_module(f"{package}.{info.name}")
         own = [
