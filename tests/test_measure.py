@@ -13,7 +13,7 @@ from clm_app.data.template import load_tokenizer
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, tensors
 from clm_app.engine.loop import Engine
 from clm_app.engine.measure import outcomes, sit
-from clm_app.judging.gate import GateSettings, Pair, exact_outcomes, holm, judge, mcnemar, pair
+from clm_app.judging.gate import exact_outcomes
 from clm_app.judging.matrix import Matrix, retention, tracks
 from clm_app.registry import versions
 from store.tables import Job, Measurement, Run, Snapshot, Task, Version
@@ -157,98 +157,3 @@ def test_the_matrix_is_read_from_the_record_as_it_was_measured(workspace):
     assert (matrix.tasks, matrix.versions, matrix.values) == (list("abc"), ["main1", "main2", "main3"], WORKED)
     assert retention(workspace, 1, "naive") is None and retention(workspace, 9) is None
     assert tracks(workspace, 1) == ["main", "naive"]
-
-
-# --- the gate --------------------------------------------------------------------------------------------------------
-
-
-def flips(task: str, items: int, right_before: int, lost: int = 0, gained: int = 0) -> Pair:
-    """Return a pair of which `lost` items turned wrong and `gained` turned right."""
-    before = [i < right_before for i in range(items)]
-    after = [(b and i >= lost) or (not b and i < right_before + gained) for i, b in enumerate(before)]
-    made = Pair(task=task, before=before, after=after)
-    assert (made.lost, made.gained) == (lost, gained)
-    return made
-
-
-LEARNED = flips("Bikes", 40, 0, gained=30)
-
-
-def test_the_p_values_are_those_worked_by_hand():
-    assert mcnemar(5, 0) == pytest.approx(1 / 32)  # all five flips one way: 0.5 ** 5
-    assert mcnemar(8, 2) == pytest.approx((45 + 10 + 1) / 1024)  # C(10,8) + C(10,9) + C(10,10) of 2 ** 10
-    assert mcnemar(0, 5) == 1.0 and mcnemar(0, 0) == 1.0
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx(
-        [0.03, 0.06, 0.06]
-    )  # 3 x 0.01, then 2 x 0.03, then no less than it
-    assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
-
-
-def test_a_candidate_that_learned_and_kept_is_promoted():
-    verdict = judge(LEARNED, [flips("Lamps", 40, 36, lost=1), flips("Energy", 40, 30)], GateSettings())
-    assert verdict.verdict == "promote"
-    assert (
-        verdict.sentence
-        == "Promoted: it learned Bikes (0 % → 75 % right) and keeps the 2 earlier tasks within 5 points."
-    )
-    assert judge(LEARNED, [], GateSettings()).sentence.endswith("(0 % → 75 % right) and is the first task.")
-
-
-def test_a_candidate_that_forgets_is_held_with_the_task_and_its_figures():
-    verdict = judge(LEARNED, [flips("Lamps", 40, 36, lost=12), flips("Energy", 40, 30)], GateSettings())
-    assert verdict.verdict == "hold"
-    assert verdict.sentence == (
-        "Refused: it forgets Lamps: 90 % before, 60 % now, a loss of 30 points that is not chance (p < 0.001)."
-    )
-    lamps, energy = verdict.evidence["old"]
-    assert lamps["p"] == pytest.approx(2 * 0.5**12) and energy["p"] == 1.0, "Holm over two old tasks"
-    assert (lamps["items"], lamps["lost"], lamps["gained"], lamps["change_points"]) == (40, 12, 0, -30.0)
-    several = judge(LEARNED, [flips(n, 40, 36, lost=12 + i) for i, n in enumerate("abc")], GateSettings()).sentence
-    assert several.startswith("Refused: it forgets c and 2 other tasks: 90 % before, 55 % now")
-
-
-def test_a_candidate_that_did_not_learn_is_held():
-    verdict = judge(flips("Bikes", 40, 4, lost=1, gained=3), [flips("Lamps", 40, 36)], GateSettings())
-    assert verdict.verdict == "hold"
-    assert verdict.sentence == "Refused: it did not learn Bikes: 10 % right before, 15 % now (p = 0.312)."
-
-
-def test_too_few_items_leave_the_gate_undecided_unless_harm_is_plain():
-    few = flips("Lamps", 12, 12)
-    verdict = judge(LEARNED, [few], GateSettings())
-    assert verdict.verdict == "inconclusive"
-    assert verdict.sentence == "Undecided: Lamps has 12 test items and 20 are needed; add rows."
-    assert judge(LEARNED, [flips("Lamps", 12, 12, lost=9)], GateSettings()).verdict == "hold"
-
-
-def test_one_loss_that_is_chance_among_many_tasks_is_let_through():
-    # 5 of 5 flips against it: p = 0.031 alone, 0.094 after Holm over three tasks.
-    old = [flips("Lamps", 40, 36, lost=5)]
-    assert judge(LEARNED, old, GateSettings()).verdict == "hold"
-    verdict = judge(LEARNED, [*old, flips("Energy", 40, 30), flips("Mobile", 40, 30)], GateSettings())
-    assert verdict.verdict == "promote", "and the sentence does not claim that the margin was kept"
-    assert verdict.sentence.endswith(
-        "and lost no more than chance on the 3 earlier tasks (most on Lamps: 12 points, p = 0.094)."
-    )
-
-
-@pytest.mark.parametrize("knob, value", [("margin_points", 13.0), ("alpha", 0.01), ("least_items", 60)])
-def test_each_knob_of_the_gate_changes_what_it_says(knob, value):
-    old = [flips("Lamps", 40, 36, lost=5)]  # 12.5 points, p = 0.031
-    assert judge(LEARNED, old, GateSettings()).verdict == "hold"
-    strict = GateSettings(**{knob: value})
-    if knob == "least_items":
-        old = [flips("Lamps", 40, 36)]
-        assert judge(LEARNED, old, GateSettings()).verdict == "promote"
-        assert judge(LEARNED, old, strict).verdict == "inconclusive"
-    else:
-        assert judge(LEARNED, old, strict).verdict == "promote"
-    assert set(GateSettings.model_fields) == {"margin_points", "alpha", "least_items"}, "a new knob needs its test here"
-
-
-def test_versions_are_compared_on_the_items_they_share(tmp_path):
-    (tmp_path / "a").write_text('{"item": "x", "exact": true}\n{"item": "y", "exact": false}\n')
-    (tmp_path / "b").write_text(
-        '{"item": "y", "exact": true}\n{"item": "z", "exact": true}\n{"item": "x", "exact": true}\n'
-    )
-    assert pair("Lamps", tmp_path / "a", tmp_path / "b") == Pair(task="Lamps", before=[True, False], after=[True, True])
