@@ -11,12 +11,14 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from clm_app.errors import ClmError, plain
 from clm_app.workspace import Workspace
+from jobs.bisection import Bisection
 from jobs.cycle import Cancelled, Cycle
 from jobs.queue import Fenced, Queue
 from store.tables import Job, Run
 from store.tables._columns import now
 
 log = logging.getLogger(__name__)
+KINDS = {"learn": Cycle, "bisect": Bisection}  # who does a job of which kind
 
 
 class Clock:
@@ -51,7 +53,7 @@ class Clock:
 
     def _work(self, job: Job) -> None:
         try:
-            result = Cycle(self.workspace, self.queue, job, self._spawn, self.on_deploy).go()
+            result = KINDS[job.kind](self.workspace, self.queue, job, self._spawn, self.on_deploy).go()
             self.queue.end(job, "done", stage="done", result=result)
         except Cancelled:
             self._close_runs(job, "cancelled", None)
