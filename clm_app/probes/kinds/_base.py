@@ -171,6 +171,37 @@ def need_answer(item: BenchmarkItem) -> None:
         raise BadData(f"{shown(item)} has no expected answer, which this kind compares with. Fill in `expected`.")
 
 
+def need_choices(item: BenchmarkItem) -> None:
+    """Refuse an item that does not leave a choice between a right and a wrong answer.
+
+    Raises:
+        BadData: there are fewer than two choices, two are the same or one is empty, or not all answers are among them.
+    """
+    need_answer(item)
+    if len(item.choices) < 2 or len(set(item.choices)) < len(item.choices) or not all(item.choices):
+        raise BadData(
+            f"{shown(item)} has {len(item.choices)} choices, and at least two different ones are needed, none of them empty. "
+            "Fill in `choices`."
+        )
+    if missing := [answer for answer in item.answers if answer not in item.choices]:
+        raise BadData(
+            f"{shown(item)} expects {missing[0]!r}, which is not among its choices. "
+            "Write `expected` as it stands in `choices`: the text itself, no letter or number."
+        )
+    if len(item.answers) == len(item.choices):
+        raise BadData(f"Every choice of {shown(item)} is right. Add a wrong one to `choices`.")
+
+
+def likeliest(nats: Sequence[float], lengths: Sequence[int] | None = None) -> int | None:
+    """Return the place of the likeliest choice; None where two are equally likely, which decides nothing.
+
+    nats: -log P of each choice, summed; lengths: of each choice, to divide by; None divides by nothing.
+    """
+    scores = list(nats) if lengths is None else [one / length for one, length in zip(nats, lengths, strict=True)]
+    best = min(scores)
+    return scores.index(best) if scores.count(best) == 1 else None
+
+
 def shown(item: BenchmarkItem) -> str:
     """Return how an item is named in a sentence: its prompt, cut short."""
     return repr(item.prompt if len(item.prompt) <= 60 else item.prompt[:59] + "…")
