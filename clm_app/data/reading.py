@@ -38,12 +38,12 @@ def read_rows(path: Path, settings: Settings) -> Reading:
         BadData: the file cannot be read, has no usable columns, too few rows or a row that is too large.
     """
     path = Path(path)
-    records = list(_records(path, settings))
-    if not records:
+    found = list(records(path, settings))
+    if not found:
         raise BadData(f"{path.name} has no rows. Give a file with at least {LEAST_ROWS} rows of prompt and response.")
-    prompt, response = _columns(records[0][1], path)
+    prompt, response = _columns(found[0][1], path)
     rows, seen = [], set()
-    for place, record in records:
+    for place, record in found:
         row = _row(record, prompt, response, f"{path.name}, {place}", settings)
         split = SPLITS.get(str(record.get("split", "")).lower())
         if (row.prompt.strip().lower(), row.response) not in seen:
@@ -54,7 +54,7 @@ def read_rows(path: Path, settings: Settings) -> Reading:
             f"{path.name} has {len(rows)} different row{'s' * (len(rows) != 1)}; at least {LEAST_ROWS} are needed, so "
             "that training, validation and test each get some. Add rows and try again."
         )
-    return Reading(rows, _report([row for row, _ in rows], len(records)))
+    return Reading(rows, _report([row for row, _ in rows], len(found)))
 
 
 def _report(rows: list[Row], read: int) -> dict:
@@ -69,8 +69,12 @@ def _report(rows: list[Row], read: int) -> dict:
     }  # fmt: skip
 
 
-def _records(path: Path, settings: Settings) -> Iterable[tuple[str, dict]]:
-    """Yield (place for a message, record) from the file."""
+def records(path: Path, settings: Settings) -> Iterable[tuple[str, dict]]:
+    """Yield (place for a message, record) from a .jsonl, .json, .csv (each also .gz) or .parquet file.
+
+    Raises:
+        BadData: the file cannot be read, is too large or is not what its name says.
+    """
     kind = "".join(path.suffixes[-2:]).lower().removesuffix(".gz").rsplit(".", 1)[-1]
     try:
         size = path.stat().st_size
@@ -189,18 +193,23 @@ def _row(record: dict, prompt: str, response: str, place: str, settings: Setting
             raise BadData(
                 f"{place}: {column} is {str(value)[:40]!r}; it must be a text that is not empty. Fill it or drop the row."
             )
-    size = len(f"{asked}{answered}".encode("utf-8", "surrogatepass"))
+    refuse_what_is_no_text(f"{asked}{answered}", place, settings)
+    label = record.get("label") if response != "label" else None
+    return Row(prompt=str(asked).strip(), response=str(answered).strip(), label=str(label or "").strip())
+
+
+def refuse_what_is_no_text(text: str, place: str, settings: Settings) -> None:
+    """Raise BadData where a row's texts together are too large, or cannot be written as UTF-8; `place` begins the sentence."""
+    size = len(text.encode("utf-8", "surrogatepass"))
     if size > settings.max_row_kb * 1000:
         raise BadData(
             f"{place}: the row has {size / 1000:.0f} kB; at most {settings.max_row_kb} kB fit a row. "
             "Shorten it, or raise CLM_MAX_ROW_KB."
         )
     try:
-        f"{asked}{answered}".encode()
+        text.encode()
     except UnicodeEncodeError as err:
         raise BadData(f"{place}: character {err.start} is half of a surrogate pair, not text. Mend that row.") from err
-    label = record.get("label") if response != "label" else None
-    return Row(prompt=str(asked).strip(), response=str(answered).strip(), label=str(label or "").strip())
 
 
 def _turn(record: dict, place: str) -> tuple[object, object]:
