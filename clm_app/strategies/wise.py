@@ -8,9 +8,7 @@ near 0 or 1 tie, so that the search picks noise. Coefficients by depth: as in Li
 
 from __future__ import annotations
 
-import math
 import random
-import re
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -76,10 +74,12 @@ class Wise(Strategy):
 
     def finish(self, engine: Engine, model: torch.nn.Module) -> None:
         """Find the coefficients and leave the model with them; without past tasks the trained weights stay."""
+        from clm_app.engine.line import Line
+
         if not self._parent:
             self.figures = {"alpha": [1.0], "searched": False}
             return
-        line = _Line(model, self._parent, self.settings.groups)
+        line = Line(model, self._parent, self.settings.groups)
         exams = self._exams(engine)
 
         def losses(alphas: list[float], of: list[str] | None = None) -> dict[str, float]:
@@ -132,74 +132,6 @@ class Wise(Strategy):
             rows = load(files[name])
             found[name] = rng.sample(rows, min(self.settings.rows, len(rows)))
         return found
-
-
-class _Line:
-    """The weights between the version before (0) and the trained ones (1), with one coefficient for each group."""
-
-    def __init__(self, model: torch.nn.Module, before: dict[str, torch.Tensor], groups: int) -> None:
-        from clm_app.engine.merging import factors, lora_layers
-
-        self.at: list[float] = []
-        self.residual = 0.0  # share of an adapter's change that its rank could not hold at the last place
-        self.parameters = {n: p for n, p in model.named_parameters() if n in before}
-        self.before = before
-        self.trained = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
-        self.layers = lora_layers(model)
-        names = list(self.layers or self.parameters)
-        self.group = dict(zip(names, _groups(names, groups), strict=True))
-        if self.layers:
-            first, last = factors(before), factors(self.trained)
-            self.pairs = {name: (first[name], last[name]) for name in self.layers}
-
-    def go(self, alphas: list[float]) -> None:
-        """Set the model's weights to this place of the line."""
-        import torch
-
-        if alphas == self.at:
-            return
-        self.at = list(alphas)
-        with torch.no_grad():
-            if self.layers:
-                self._go_adapter(alphas)
-                return
-            for name, parameter in self.parameters.items():
-                alpha = alphas[self.group[name]]
-                parameter.copy_(torch.lerp(self.before[name], self.trained[name], alpha))
-
-    def _go_adapter(self, alphas: list[float]) -> None:
-        """Set each layer to the nearest adapter of its rank; exact at both ends, and where there was none before."""
-        import torch
-
-        from clm_app.engine.merging import as_lower_rank
-
-        lost = total = 0.0
-        for name, layer in self.layers.items():
-            alpha = alphas[self.group[name]]
-            (a0, b0), (a1, b1) = ((a.to(layer.a.device), b.to(layer.a.device)) for a, b in self.pairs[name])
-            if alpha in (0.0, 1.0):
-                a, b = (a1, b1) if alpha else (a0, b0)
-            elif not b0.any():
-                a, b = a1, alpha * b1
-            else:
-                both = torch.cat([a0, a1]), torch.cat([(1 - alpha) * b0, alpha * b1], 1)
-                a, b, residual = as_lower_rank(*both, rank=layer.a.shape[0])
-                kept = a.square().sum(1).square().sum().item()  # of the product: both factors hold half of it
-                lost, total = lost + kept * residual**2 / (1 - residual**2), total + kept / (1 - residual**2)
-            layer.a.copy_(a)
-            layer.b.copy_(b)
-        self.residual = math.sqrt(lost / total) if total else 0.0
-
-
-def _groups(names: list[str], groups: int) -> list[int]:
-    """Return each weight's group by depth: what lies before the layers is in the first, what follows in the last."""
-    depths = [int(found.group(1)) if (found := re.search(r"\.(\d+)\.", name)) else None for name in names]
-    layers = 1 + max((depth for depth in depths if depth is not None), default=0)
-    found, is_past_layers = [], False
-    for depth in depths:
-        is_past_layers |= depth is not None
-        found.append(depth * groups // layers if depth is not None else (groups - 1) * is_past_layers)
-    return found
 
 
 def _loss(engine: Engine, model: torch.nn.Module, rows: list[Row]) -> float:
