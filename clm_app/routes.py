@@ -72,6 +72,7 @@ class Router:
         self.gram = np.zeros((WIDTH, WIDTH), np.float32)  # sum of x x' over all rows
         self.sums: dict[str, np.ndarray] = {}  # {task: sum of x over its rows}
         self.withdrawn: set[str] = set()  # keys of rows that are in no sum, however often they were learned
+        self.bias: dict[str, float] = {}  # {task: added to its scores}; below 0 it gets only what is clearly its own
 
     @property
     def tasks(self) -> list[str]:
@@ -148,7 +149,9 @@ class Router:
     def scores(self, seen: dict[str, set[str]]) -> dict[str, float]:
         """Return {task: how much speaks for it} for a text's views, higher is likelier; only differences count."""
         ridge, bayes = hashed(seen) @ self.weights, self.bayes(seen)
-        return {task: float(ridge[i]) + BAYES * bayes[task] for i, task in enumerate(self.tasks)}
+        return {
+            task: float(ridge[i]) + BAYES * bayes[task] + self.bias.get(task, 0.0) for i, task in enumerate(self.tasks)
+        }
 
     def route(self, prompt: str) -> str:
         """Return the likeliest task; BASE where no word of the prompt was ever seen."""
@@ -169,8 +172,10 @@ class Router:
             for view, features in self.counts.items()
         }
         rows = {task: self.rows[task] for task in self.tasks}
-        text = json.dumps({"folders": self.folders, "rows": rows, "counts": counts, "withdrawn": sorted(self.withdrawn)})
-        (folder / FILE).write_text(text, encoding="utf-8")
+        told = {"folders": self.folders, "rows": rows, "counts": counts, "withdrawn": sorted(self.withdrawn)}
+        if self.bias:
+            told["bias"] = self.bias
+        (folder / FILE).write_text(json.dumps(told), encoding="utf-8")
         upper = self.gram[np.triu_indices(WIDTH)]
         sums = np.array([self.sums[task] for task in self.tasks], np.float32).reshape(-1, WIDTH)
         np.savez(folder / SUMS, gram=upper, sums=sums)
@@ -181,6 +186,7 @@ class Router:
         found, self = json.loads((folder / FILE).read_text(encoding="utf-8")), cls()
         self.folders, self.rows = found["folders"], Counter(found["rows"])
         self.withdrawn = set(found.get("withdrawn", ()))  # sums of earlier releases have none
+        self.bias = found.get("bias", {})  # only of a router that was repaired
         for view, features in found["counts"].items():
             self.counts[view] = {feature: Counter(by_task) for feature, by_task in features.items()}
         with np.load(folder / SUMS) as sums:
