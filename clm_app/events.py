@@ -69,8 +69,8 @@ class Measured(Event):
     exact_match: float
     answer_loss: float
     outcomes: str
-    when: Literal["root", "before", "after"] = Field(
-        description="with the base at the root of the lineage, with the parent's weights, or with the trained ones"
+    when: Literal["root", "before", "after", "repaired"] = Field(
+        description="with the base at the root of the lineage, the parent's weights, the trained or the repaired ones"
     )
 
 
@@ -88,7 +88,9 @@ class Probed(Event):
     ruler: str = Field(description="digest of items and knobs: readings compare only where it is the same")
     figures: dict[str, float]
     outcomes: str
-    when: Literal["before", "after"] = Field(description="on the parent's weights, or on the trained ones")
+    when: Literal["before", "after", "repaired"] = Field(
+        description="on the parent's weights, on the trained ones, or on the repaired ones"
+    )
 
 
 class Trained(Event):
@@ -99,6 +101,33 @@ class Trained(Event):
     weights_kind: Literal["adapter", "full", "routed"]
     figures: dict
     memory: dict[str, str] = Field(description='what the strategy keeps: {"new": file of kept rows, "state": folder}')
+
+
+class Comparing(Event):
+    """The check of export parity stands at this stage."""
+
+    kind: Literal["comparing"] = "comparing"
+    stage: str = Field(description="what is done now, such as: asking the served artefact")
+    share: float = Field(description="of the whole check, 0..1")
+
+
+class Compared(Event):
+    """The served artefact was compared with the trained weights."""
+
+    kind: Literal["compared"] = "compared"
+    verdict: Literal["same", "differs"]
+    cause: str = Field(description="one word for the first difference, such as bos_twice; empty where there is none")
+    sentence: str
+    evidence: dict
+
+
+class Repairing(Event):
+    """A candidate that hurt a past task is being repaired; one way of the ladder begins."""
+
+    kind: Literal["repairing"] = "repairing"
+    rung: str
+    done: int
+    of: int
 
 
 class Ready(Event):
@@ -125,7 +154,19 @@ class Failed(Event):
 
 
 AnyEvent = Annotated[
-    Started | Progress | Checkpointed | Measuring | Measured | Probed | Trained | Ready | Finished | Failed,
+    Started
+    | Progress
+    | Checkpointed
+    | Measuring
+    | Measured
+    | Probed
+    | Trained
+    | Comparing
+    | Compared
+    | Repairing
+    | Ready
+    | Finished
+    | Failed,
     Field(discriminator="kind"),
 ]
 _READER = TypeAdapter(AnyEvent)

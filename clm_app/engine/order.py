@@ -55,11 +55,22 @@ class Order(BaseModel):
     at_root: list[Exam] = Field(default_factory=list, description="measured with the base at `root`, before all else")
     before: list[Exam] = Field(description="measured with the parent's weights, before the first step")
     after: list[Exam] = Field(description="measured with the trained weights")
-    probes: dict[str, dict] = Field(
-        default_factory=dict, description="{probe: its knobs}, read on the trained weights"
-    )
+    probes: dict[str, dict] = Field(default_factory=dict, description="{probe: its knobs}, read on the trained weights")
     probes_before: list[str] = Field(
         default_factory=list, description="those of `probes` that are read on the parent's weights too"
+    )
+    repair: dict | None = Field(
+        None, description="knobs of the repair of a candidate that hurt a past task; None: it is left as it is"
+    )
+    gate: dict = Field(default_factory=dict, description="knobs of the gate that says whether repair is needed")
+    live_outcomes: dict[str, Path] = Field(
+        default_factory=dict, description="{snapshot id: the parent's TEST outcomes}, of what is not measured before"
+    )
+    search: dict[str, Path] = Field(
+        default_factory=dict, description="{snapshot id: validation rows} that repair searches on, the new task's too"
+    )
+    taught: list[tuple[str, Path]] = Field(
+        default_factory=list, description="(task, training rows) of the whole lineage, for a router that repair makes"
     )
     threads: int = Field(description="CPU threads; 0 takes all cores")
 
