@@ -33,7 +33,9 @@ class BenchmarkItem(BaseModel):
     expected: str | list[str] = Field("", description="the right answer; several: any of them is right")
     rubric: dict = Field({}, description="the kind's own: schema, must_not_say, tolerance and the like")
     choices: list[str] = Field([], description="answers to choose among by likelihood")
-    label: str = Field("", description="class of the item, for figures per class; empty: the first right answer")
+    label: str = Field(
+        "", description="class of the item, for figures per class; empty: in classification the right answer"
+    )
 
     @property
     def key(self) -> str:
@@ -45,7 +47,7 @@ class BenchmarkItem(BaseModel):
     def answers(self) -> tuple[str, ...]:
         """Every right answer, in order; empty where none is given."""
         given = [self.expected] if isinstance(self.expected, str) else self.expected
-        return tuple(answer for answer in given if answer)
+        return tuple(answer for answer in given if answer.strip())
 
     @property
     def group(self) -> str:
@@ -123,7 +125,7 @@ class Kind:
         except ValidationError as err:
             first = err.errors()[0]
             place = ".".join(map(str, first["loc"])) or "rubric"
-            known = ", ".join(self.Rubric.model_fields) or "none"
+            known = ", ".join(field.alias or key for key, field in self.Rubric.model_fields.items()) or "none"
             raise BadData(
                 f"The rubric of {shown(item)} cannot be used: {place}: {first['msg']}. Keys of this kind: {known}. "
                 "Correct it or leave it out."
@@ -200,6 +202,16 @@ def likeliest(nats: Sequence[float], lengths: Sequence[int] | None = None) -> in
     scores = list(nats) if lengths is None else [one / length for one, length in zip(nats, lengths, strict=True)]
     best = min(scores)
     return scores.index(best) if scores.count(best) == 1 else None
+
+
+def per_class(outcomes: Sequence[dict]) -> dict[str, dict]:
+    """Return {"per_class": {class: {items, score}}}, the mean score of each `class`; {} where no outcome names one."""
+    classes: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        if outcome["class"]:
+            classes.setdefault(outcome["class"], []).append(outcome["score"])
+    found = {name: {"items": len(each), "score": sum(each) / len(each)} for name, each in sorted(classes.items())}
+    return {"per_class": found} if found else {}
 
 
 def shown(item: BenchmarkItem) -> str:

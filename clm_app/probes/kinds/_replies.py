@@ -39,32 +39,32 @@ def number_in(text: str, decimal: str = "point", which: str = "last") -> float |
     return value if math.isfinite(value) else None
 
 
-def compiled(pattern: str) -> regex.Pattern:
-    """Return a pattern that does not mind capitals.
+def compiled(pattern: str, capitals: bool = False) -> regex.Pattern:
+    """Return a pattern that looks at letters alone, or at capitals too.
 
     Raises:
         BadData: it is no regular expression.
     """
     try:
-        return regex.compile(pattern, regex.IGNORECASE)
+        return regex.compile(pattern, 0 if capitals else regex.IGNORECASE)
     except regex.error as err:
         raise BadData(
             f"{pattern!r} is no regular expression ({err}). Correct it; put \\ before a mark that is meant literally."
         ) from err
 
 
-def finds(pattern: str, text: str, whole: bool = False) -> bool:
+def finds(pattern: regex.Pattern, text: str, whole: bool = False) -> bool:
     """Return whether a pattern stands in the text, or is the whole text.
 
     Raises:
-        BadData: it is no regular expression, or takes more than PATTERN_S on this text.
+        BadData: it takes more than PATTERN_S on this text.
     """
-    look = compiled(pattern).fullmatch if whole else compiled(pattern).search
     try:
-        return look(text, timeout=PATTERN_S) is not None
+        return (pattern.fullmatch if whole else pattern.search)(text, timeout=PATTERN_S) is not None
     except TimeoutError as err:
         raise BadData(
-            f"The pattern {pattern!r} needs more than {PATTERN_S:g} s on one reply. Write it without repeats in repeats."
+            f"The pattern {pattern.pattern!r} needs more than {PATTERN_S:g} s on one reply. "
+            "Write it without a repeat inside a repeat."
         ) from err
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from clm_app.errors import BadData
-from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings, need_answer, shown
+from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings, need_answer, per_class, shown
 from clm_app.probes.kinds._replies import normalised
 
 
@@ -58,24 +58,15 @@ class ExactMatch(Kind):
                 "item": item.key,
                 "score": float(heard.exact),
                 "exact": bool(heard.exact),
-                "class": item.group,
+                "class": item.label,
             } | told
         right = normalised(heard.text) in map(normalised, item.answers)
         exact = heard.text in item.answers
-        return {"item": item.key, "score": float(right), "exact": exact, "class": item.group, "said": heard.text}
+        return {"item": item.key, "score": float(right), "exact": exact, "class": item.label, "said": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
-        """Return exact (share, to the letter), per_class (share right), and by letters answer_loss (nats per token)."""
-        found = {"exact": sum(one["exact"] for one in outcomes) / len(outcomes), "per_class": per_class(outcomes)}
+        """Return exact (share, to the letter), per_class, and by letters answer_loss (nats per token)."""
+        found = {"exact": sum(one["exact"] for one in outcomes) / len(outcomes)} | per_class(outcomes)
         if self.asks == "answer" and (tokens := sum(one["tokens"] for one in outcomes)):
             found["answer_loss"] = sum(one["loss"] for one in outcomes) / tokens
         return found
-
-
-def per_class(outcomes: Sequence[dict]) -> dict[str, dict]:
-    """Return {class: {items, score}}, the mean score of each class; items without a class are left out."""
-    classes: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        if outcome["class"]:
-            classes.setdefault(outcome["class"], []).append(outcome["score"])
-    return {name: {"items": len(found), "score": sum(found) / len(found)} for name, found in sorted(classes.items())}

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings, likeliest, need_choices
+from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings, likeliest, need_choices, per_class
 
 WAYS = ("total", "per_byte", "per_token")
 
@@ -56,8 +56,7 @@ class MultipleChoice(Kind):
         }  # fmt: skip
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
-        """Return accuracy by each way to normalise, and lead (nats, mean)."""
+        """Return accuracy by each way to normalise, lead (nats, mean) and per_class."""
         count = len(outcomes)
-        return {way: sum(one["right"][way] for one in outcomes) / count for way in WAYS} | {
-            "lead": sum(one["lead"] for one in outcomes) / count
-        }
+        found = {way: sum(one["right"][way] for one in outcomes) / count for way in WAYS}
+        return found | {"lead": sum(one["lead"] for one in outcomes) / count} | per_class(outcomes)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from clm_app.judging.wording import token_f1, words
-from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings, need_answer
+from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings, need_answer, per_class
 from clm_app.probes.kinds._replies import normalised
 
 
@@ -45,8 +45,8 @@ class TokenF1(Kind):
         return {"item": item.key, "score": score, "exact": said in rights, "class": item.label, "said": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
-        """Return exact: the share of replies with the same words."""
-        return {"exact": sum(one["exact"] for one in outcomes) / len(outcomes)}
+        """Return exact (share of replies with the same words) and per_class."""
+        return {"exact": sum(one["exact"] for one in outcomes) / len(outcomes)} | per_class(outcomes)
 
     def _counted(self, text: str) -> str:
         """Return the words that count; all of them where the text has no other."""
