@@ -93,6 +93,18 @@ class Probed(Event):
     )
 
 
+class Examined(Event):
+    """One benchmark's split is sat; `outcomes` is a file with one JSON line per item."""
+
+    kind: Literal["examined"] = "examined"
+    key: str = Field(description="names weights, benchmark, split and settings")
+    task: str = Field(description="name of the benchmark")
+    split: str
+    items: int
+    outcomes: str
+    seconds: float = Field(description="of hearing it, whatever the number of children")
+
+
 class Trained(Event):
     """The weights are written, whole and synced."""
 
@@ -160,6 +172,7 @@ AnyEvent = Annotated[
     | Measuring
     | Measured
     | Probed
+    | Examined
     | Trained
     | Comparing
     | Compared

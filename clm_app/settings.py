@@ -37,6 +37,10 @@ class Settings(BaseSettings):
         default_factory=dict,
         description='knobs of the probes that read every version, such as {"general_text": {"file": "/my/texts.txt"}}',
     )
+    parity: dict = Field(
+        default_factory=dict,
+        description='knobs of the export parity check, such as {"scored_rows": 300}; see ParitySettings',
+    )
     max_new_tokens: int = Field(
         256, ge=1, le=8192, description="longest reply, in tokens, unless a request says otherwise"
     )

@@ -163,14 +163,14 @@ def refuse_damage(workspace: Workspace, version: Version) -> None:
             ) from err
     for folder in filter(None, versions.weights(workspace, version)):
         for file in sorted(folder.rglob("*.safetensors")):
-            if file.stat().st_size != _whole_size(file):
+            if file.stat().st_size != whole_size(file):
                 raise BadModel(
                     f"{file}, which {version.name} stands on, is {file.stat().st_size:,} bytes long and not as long as it "
                     "says itself: it was cut short. Put it back from a backup, or start from another version."
                 )
 
 
-def _whole_size(file: Path) -> int:
+def whole_size(file: Path) -> int:
     """Return how long a safetensors file is by its own header; -1 where even that is cut short."""
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")

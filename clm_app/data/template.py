@@ -62,11 +62,15 @@ def _specials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return tokenizer.clm_specials
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant speaks; contents cannot smuggle control tokens in."""
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
+    """Return the text of a conversation up to where the assistant speaks; contents cannot smuggle control tokens in."""
     safe = [{"role": m["role"], "content": neutral(tokenizer, m["content"])} for m in messages]
-    text = tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=False)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    """Return the ids of `rendered`: the template alone says where a conversation begins and ends."""
+    return tokenizer.encode(rendered(tokenizer, messages), add_special_tokens=False)
 
 
 def row_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:

@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 from pydantic import ValidationError
@@ -185,13 +186,12 @@ class Router:
             raise ChildFailed("The app is closing. Start it again and ask once more.")
         base, adapter = versions.weights(self.workspace, version)
         backend, why = choose(self.workspace.settings.backend, base, adapter)
-        cache = self.workspace.home / "cache"
         order = Order(
-            version=version.name, base=base, adapter=adapter, backend=backend, threads=_threads(),
-            key=secrets.token_urlsafe(32), converted=cache / "gguf" / _digest(version),
+            version=version.name, base=base, adapter=adapter, backend=backend, threads=host_threads(),
+            key=secrets.token_urlsafe(32), converted=converted_copy(self.workspace, version),
         )  # fmt: skip
         handle = Handle(order, why)
-        handle.start(self.spawn, cache / "orders")
+        handle.start(self.spawn, self.workspace.home / "cache" / "orders")
         self._hosts[version.name] = handle
         return handle
 
@@ -254,11 +254,12 @@ class Router:
         }  # fmt: skip
 
 
-def _threads() -> int:
+def host_threads() -> int:
     """Return half of the cores: a training child may want the others, and crowded threads slow both down."""
     return max(1, (os.cpu_count() or 2) // 2)
 
 
-def _digest(version: Version) -> str:
-    """Return what names a converted copy of these weights: equal weights and converter give equal names."""
-    return hashlib.sha256(f"{FORMAT}/{version.base_digest}/{version.object}".encode()).hexdigest()
+def converted_copy(workspace: Workspace, version: Version) -> Path:
+    """Return the path, without an ending, of a copy in another format: equal weights and converter, equal path."""
+    name = hashlib.sha256(f"{FORMAT}/{version.base_digest}/{version.object}".encode()).hexdigest()
+    return workspace.home / "cache" / "gguf" / name
