@@ -23,7 +23,6 @@ from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.order import Exam, Order
 from clm_app.errors import ChildFailed, ClmError
 from clm_app.events import AnyEvent, Failed, Measuring, Progress, Started
-from clm_app.judging.gate import Verdict, judge, pair
 from clm_app.probes._base import made as made_probes
 from clm_app.provenance import code_version
 from clm_app.registry import versions
@@ -33,14 +32,15 @@ from clm_app.strategies._base import Choice, Situation
 from clm_app.strategies._combined import choose, part_of
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
+from jobs.judgement import MAIN, Judgement, measurement
 from jobs.queue import Queue
 from store.db import record
-from store.tables import Decision, Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
+from store.tables import Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
 from store.tables._columns import now
 
 ATTEMPTS = 3  # children tried for one run; each goes on from the last checkpoint
 BEAT_S = 1.0
-MAIN, NAIVE = "main", "naive"
+NAIVE = "naive"
 
 
 class Cancelled(Exception):
@@ -74,13 +74,20 @@ class Cycle:
         """Take one task from its file to a decision, unless that was done before."""
         taken = self.take_snapshot(source)
         run = self.open_run(track, position, taken)
-        if self.version_of(run):
+        candidate = self.version_of(run)
+        if candidate is None:
+            order = self.write_order(run, taken)
+            self.train(run, order, number)
+            candidate = self.register(run, order)
+        if candidate.state != "candidate":
             return
-        order = self.write_order(run, taken)
-        self.train(run, order, number)
-        self.beat(f"{self.label(track, position)}: gate", self.share(number, position, 0.99))
-        candidate = self.register(run, order)
-        if candidate.state == "accepted" and self.wish.deploy:
+        label, share = self.label(track, position), self.share(number, position, 0.99)
+        self.beat(f"{label}: gate", share)
+        judgement = Judgement(
+            self.workspace, self.queue, self.job, self.wish, run, candidate, self.spawn,
+            lambda stage: self.beat(f"{label}: {stage}", share),
+        )  # fmt: skip
+        if judgement.decide().state == "accepted" and self.wish.deploy:
             self.on_deploy()
 
     # --- the steps ----------------------------------------------------------------------------------------------------
@@ -139,8 +146,8 @@ class Cycle:
         return self.wish.method_for(parent.parameters, choice.strategy if track == MAIN else "")
 
     def parent(self, session: Session, track: str) -> Version:
-        """Return the version to go on from: the track's last one that was accepted, else where the stream starts."""
-        states = ("accepted",) if track == MAIN else ("comparison",)
+        """Return the version to go on from: the track's last one that passed the gate, else where the stream starts."""
+        states = ("accepted", "waiting") if track == MAIN else ("comparison",)
         made = session.exec(
             select(Version).join(Run, Run.id == Version.run_id)
             .where(Run.job_id == self.job.id, Run.track == track, Version.state.in_(states)).order_by(Run.position.desc())
@@ -263,13 +270,34 @@ class Cycle:
                 )
 
     def register(self, run: Run, order: Order) -> Version:
-        """Write version, measurements, decision and deployment together, from the child's result."""
+        """Write the version and what was measured of it together, from the child's result; the gate judges it afterwards.
+
+        A candidate that was repaired is registered as what the repair made of it; what it was before stays in the run's
+        figures, by digest.
+        """
         result = json.loads((order.folder / "result.json").read_text(encoding="utf-8"))
         trained, objects = result["trained"], self.workspace.objects
-        weights = objects.put(Path(trained["folder"]), alike=order.adapter)
+        repair = result.get("repair") or {}
+        made = repair if repair.get("passed") else trained
+        weights = objects.put(Path(made["folder"]), alike=order.adapter)
         places = {"new": str(run.snapshot_id), "state": f"state/{run.strategy}"}
         kept = {places[name]: objects.put(Path(found)) for name, found in trained["memory"].items()}
         figures = [(m, objects.put(Path(m["outcomes"]))) for m in result["measured"]]
+        told = {"noise": result.get("noise"), "repair": None}
+        if repair:
+            first = {
+                str(m["snapshot_id"]): digest for m, digest in figures if (m["when"], m["split"]) == ("after", "test")
+            }
+            told["repair"] = {name: repair[name] for name in ("tried", "passed", "rung", "certificate")}
+            told["repair"] |= {
+                "first": first,
+                "first_weights": objects.put(Path(trained["folder"]), alike=order.adapter),
+            }
+            again = [(m, objects.put(Path(m["outcomes"]))) for m in repair["measured"]] if repair["passed"] else []
+            seen = {(m["snapshot_id"], m["split"]) for m, _ in again}
+            figures = again + [
+                (m, d) for m, d in figures if m["when"] != "after" or (m["snapshot_id"], m["split"]) not in seen
+            ]  # fmt: skip
         probed = [(p, objects.put(Path(p["outcomes"]))) for p in result.get("probed", [])]
         with self.workspace.write() as session:
             self.queue.held(session, self.job)
@@ -277,66 +305,41 @@ class Cycle:
             base_path, base_digest = versions.base_reference(parent)
             version = Version(
                 name=self.next_name(session, run), track=run.track, parent_id=parent.id, run_id=run.id,
-                kind=trained["weights_kind"], base_path=base_path, base_digest=base_digest, object=weights,
+                kind=made["weights_kind"], base_path=base_path, base_digest=base_digest, object=weights,
                 method=run.method, strategy=run.strategy, settings=run.settings, seed=run.seed,
                 parameters=parent.parameters, trained_parameters=trained["figures"]["trained_parameters"],
-                memory=parent.memory | kept,
+                memory=parent.memory | kept, state="candidate" if run.track == MAIN else "comparison",
             )  # fmt: skip
             session.add(version)
             session.flush()
             record(session, "clock", "version.registered", f"version:{version.id}", name=version.name, run=run.id,
                    parent=parent.name, object=weights)  # fmt: skip
-            measured_as = {"root": self.root(session, parent), "before": parent, "after": version}
-            for measured, digest in figures:
-                of = measured_as[measured["when"]]
-                for metric in ("exact_match", "answer_loss"):
-                    session.add(Measurement(
-                        version_id=of.id, snapshot_id=measured["snapshot_id"], split=measured["split"], metric=metric,
-                        task_id=session.get_one(Snapshot, measured["snapshot_id"]).task_id, value=measured[metric],
-                        items=measured["items"], object=digest,
-                    ))  # fmt: skip
-            for read, digest in probed:
-                of = version if read["when"] == "after" else parent
-                told = {name: read[name] for name in read.keys() & ProbeReading.model_fields.keys()}
-                session.add(ProbeReading(version_id=of.id, object=digest, **told))
-            session.flush()
-            self.decide(session, run, version, parent)
+            self._write_figures(
+                session, {"root": self.root(session, parent), "before": parent}, version, figures, probed
+            )
             row = session.get_one(Run, run.id)
-            row.status, row.ended_at, row.figures = "done", now(), trained["figures"]
+            row.status, row.ended_at, row.figures = "done", now(), trained["figures"] | told
             row.rehearsed = trained["figures"]["rehearsed"]
             session.add(row)
-        for spent in ("checkpoints", "weights"):  # both are in the object store now, as far as they are needed
+        for spent in ("checkpoints", "weights", "repaired"):  # in the object store now, as far as they are needed
             shutil.rmtree(order.folder / spent, ignore_errors=True)
         return version
 
-    def decide(self, session: Session, run: Run, version: Version, parent: Version) -> None:
-        """Ask the gate, write its decision, and move the live alias if it promotes; a comparison is never judged."""
-        if run.track != MAIN:
-            version.state = "comparison"
-            session.add(version)
-            return
-        verdict = self.verdict(session, run, version, parent)
-        decision = Decision(version_id=version.id, against_version_id=parent.id, **verdict.model_dump())
-        version.state = "accepted" if verdict.verdict == "promote" else "refused"
-        session.add_all([decision, version])
-        session.flush()
-        record(session, "gate", f"version.{version.state}", f"version:{version.id}", decision=decision.id,
-               sentence=verdict.sentence)  # fmt: skip
-        if version.state == "accepted" and self.wish.deploy:
-            versions.deploy(session, version, decision_id=decision.id, actor="gate", reason=verdict.sentence)
-
-    def verdict(self, session: Session, run: Run, version: Version, parent: Version) -> Verdict:
-        """Judge the candidate against its parent, on the test items of the new task and of every old one."""
-        old = [(s, t) for s, t in lineage(session, parent) if s.task_id != run.task_id]
-        new = session.get_one(Snapshot, run.snapshot_id), session.get_one(Task, run.task_id)
-
-        def paired(taken: Snapshot, task: Task):
-            files = [
-                self.workspace.objects.path(measurement(session, v.id, taken.id).object) for v in (parent, version)
-            ]
-            return pair(task.name, *files)
-
-        return judge(paired(*new), [paired(*one) for one in old], self.wish.gate)
+    def _write_figures(
+        self, session: Session, others: dict[str, Version], version: Version, figures: list, probed: list
+    ) -> None:
+        """Write measurements and readings of probes; others: {when it was measured: the version that was}."""
+        for measured, digest in figures:
+            of = others.get(measured["when"], version)
+            for metric in ("exact_match", "answer_loss"):
+                session.add(Measurement(
+                    version_id=of.id, snapshot_id=measured["snapshot_id"], split=measured["split"], metric=metric,
+                    task_id=session.get_one(Snapshot, measured["snapshot_id"]).task_id, value=measured[metric],
+                    items=measured["items"], object=digest,
+                ))  # fmt: skip
+        for read, digest in probed:
+            told = {name: read[name] for name in read.keys() & ProbeReading.model_fields.keys()}
+            session.add(ProbeReading(version_id=others.get(read["when"], version).id, object=digest, **told))
 
     # --- small things -------------------------------------------------------------------------------------------------
 
@@ -418,16 +421,6 @@ class Listener:
                 return f"{label}: loading the model", 0.01
             case _:
                 return f"{label}: measuring", 0.9
-
-
-def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
-    """Return a version's exact match on a snapshot's test items, or None where it was not measured."""
-    return session.exec(
-        select(Measurement).where(
-            Measurement.version_id == version_id, Measurement.snapshot_id == snapshot_id,
-            Measurement.split == "test", Measurement.metric == "exact_match",
-        ).order_by(Measurement.id.desc())
-    ).first()  # fmt: skip
 
 
 def is_read(session: Session, version_id: int, probe: str, ruler: str) -> bool:

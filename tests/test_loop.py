@@ -57,7 +57,7 @@ for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
 KNOBS = {"epochs": 20, "least_steps": 1, "batch_rows": 8, "learning_rate": 5e-3, "prompt_dropout": 0.0, "seed": 0}
 WISH = {
     "strategy": "replay", "strategy_settings": {"share": 0.5, "rows_per_task": 40}, "method": "lora",
-    "method_settings": {"rank": 32, "alpha": 64, "dropout": 0.02}, "gate": {"least_items": 10},
+    "method_settings": {"rank": 32, "alpha": 64, "dropout": 0.02}, "gate": {"least_items": 10, "margin_points": 50},
 }  # fmt: skip
 
 

@@ -415,7 +415,7 @@ def keeping(open_app, tmp_path_factory):
     def learn(name: str) -> dict:
         return app.follow(app.learn(
             stream=[{"name": name, "path": str(folder / f"{name}.jsonl")}], strategy="replay", method="full",
-            strategy_settings={"rows_per_task": 10}, gate={"least_items": 1, "alpha": 0.3},
+            strategy_settings={"rows_per_task": 10}, gate={"least_items": 1, "alpha": 0.3, "margin_points": 100},
             training={"epochs": 10, "least_steps": 1, "batch_rows": 8, "learning_rate": 5e-3, "prompt_dropout": 0.0},
         )["id"])  # fmt: skip
 

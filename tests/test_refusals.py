@@ -242,7 +242,7 @@ def test_a_stream_over_the_api_says_what_was_asked_of_the_router_and_forgets_wit
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in make_rows(64, labels)))
     knobs = {"epochs": 10, "least_steps": 1, "batch_rows": 8, "learning_rate": 5e-3, "prompt_dropout": 0.0}
-    wish = {"training": knobs, "gate": {"least_items": 1, "alpha": 0.3}, "method": "lora"}
+    wish = {"training": knobs, "gate": {"least_items": 1, "alpha": 0.3, "margin_points": 100}, "method": "lora"}
 
     def learn(*names: str, **changes) -> dict:
         stream = [{"name": name, "path": str(files[name])} for name in names]

@@ -22,6 +22,7 @@ from store.tables.work import ENDED
 from ui import cli
 
 LOOK_S = 0.5
+DEMO_MARGIN_POINTS = 10.0  # its tasks have 84 test items each: enough to exclude a loss of ten points, not one of two
 BAD_RATE = 0.05  # learning rate of the bad update: ten times LoRA's default for the starter
 
 
@@ -118,7 +119,8 @@ def demo(
     console.rule("1 of 3: learn a stream of tasks, and keep the old ones")
     tasks = streams.stream_from(data, None, cache)
     stream = tasks[:count]
-    learn(door, wish_for(stream, chosen), console)
+    gate = {} if data else {"margin_points": DEMO_MARGIN_POINTS}
+    learn(door, wish_for(stream, chosen) | {"gate": gate}, console)
     live = door.live()
 
     console.rule("2 of 3: a bad update, which the gate must refuse")
@@ -128,7 +130,7 @@ def demo(
     console.print(f"One more task with its answers shuffled, and a learning rate of {BAD_RATE:g}, far too high.")
     bad = [streams.TaskSource(name="Bad update", path=str(shuffled))]
     knobs = chosen | {"naive": False, "learning_rate": BAD_RATE, "epochs": 0.5, "least_steps": 20}
-    learn(door, wish_for(bad, knobs), console)
+    learn(door, wish_for(bad, knobs) | {"gate": gate}, console)
     after = door.live()
     if after != live:
         raise ClmError(f"The bad update went live as {after}. That is a defect of the gate: please report it.")

@@ -44,7 +44,10 @@ def main(file: Path) -> int:
         say(Failed(sentence=plain(explain(error)), detail=traceback.format_exc()))
         return 1
     draft = order.folder / ".result.json"
-    told = {"measured": [m.model_dump() for m in measured], "probed": [p.model_dump() for p in engine.probed]}
+    told = {
+        "measured": [m.model_dump() for m in measured], "probed": [p.model_dump() for p in engine.probed],
+        "noise": engine.noise,
+    }  # fmt: skip
     draft.write_text(json.dumps({"trained": trained.model_dump()} | told))
     with open(draft, "rb") as handle:
         os.fsync(handle.fileno())

@@ -24,7 +24,7 @@ from clm_app.data.template import load_tokenizer
 from clm_app.data.vocabulary import vocabulary
 from clm_app.engine import checkpoints
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, tensors
-from clm_app.engine.measure import sit
+from clm_app.engine.measure import noise, sit
 from clm_app.engine.order import Order
 from clm_app.engine.probing import reading
 from clm_app.engine.routed import Routed
@@ -55,6 +55,7 @@ class Engine:
         self.kept = {source: load(file) for source, file in order.kept.items()}
         self._epochs: dict[int, list] = {}
         self.probed: list[Probed] = []
+        self.noise: dict[str, float] | None = None  # the trained weights measured twice
 
     def run(self) -> tuple[Trained, list[Measured]]:
         """Do the whole order and return what was trained and measured."""
@@ -72,7 +73,17 @@ class Engine:
         measured = self._exams(model if is_parent else self.parent(self.spare), self.order.before, "before")
         done = self.train(model)
         tested = self.answering(model, Path(done.folder))
-        return done, at_root + measured + self._exams(tested, self.order.after, "after")
+        measured += self._exams(tested, self.order.after, "after")
+        self.noise = self._noise(tested)
+        return done, at_root + measured
+
+    def _noise(self, model: torch.nn.Module) -> dict[str, float] | None:
+        """Return how far the trained weights differ from themselves on the new task's test items; None without these."""
+        exams = [exam for exam in self.order.after if exam.task == self.order.task and exam.split == "test"]
+        if not exams:
+            return None
+        file = self.order.folder / "after" / f"{exams[-1].snapshot_id}-test.jsonl"
+        return noise(model, exams[-1], self.encoded, next(model.parameters()).device, file)
 
     def measured_at_root(self) -> list[Measured]:
         """Measure what the base knew before anything was learned, in a model that is gone before the next is loaded."""

@@ -19,21 +19,24 @@ from clm_app.engine.routed import Routed
 from clm_app.events import Measured
 
 ROWS = 64  # rows in one forward pass
+NOISE_ROWS = 24  # in one forward pass of the second measurement: other padding, other sums
 
 
 @torch.no_grad()
-def outcomes(model: torch.nn.Module, rows: list[Row], encoded: Encoded, device: torch.device) -> list[dict]:
+def outcomes(
+    model: torch.nn.Module, rows: list[Row], encoded: Encoded, device: torch.device, size: int = ROWS
+) -> list[dict]:
     """Return one dict per row, in order: item (key), exact (bool), loss (summed nats), tokens (answer tokens).
 
     A model with one adapter per task answers each row through the adapter that its router names, added as `route`.
     """
     if isinstance(model, Routed):
-        return _through_routes(model, rows, encoded, device)
+        return _through_routes(model, rows, encoded, device, size)
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: sum(map(len, encoded(rows[i]))))
     found: list[dict] = [{}] * len(rows)
-    for start in range(0, len(rows), ROWS):
-        chosen = order[start : start + ROWS]
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
         logits, targets = answer_logits(model, tensors([rows[i] for i in chosen], encoded, device))
         counts = targets != IGNORED
         right = ((logits.argmax(-1) == targets) | ~counts).all(1)
@@ -45,11 +48,12 @@ def outcomes(model: torch.nn.Module, rows: list[Row], encoded: Encoded, device: 
     return found
 
 
-def _through_routes(model: Routed, rows: list[Row], encoded: Encoded, device: torch.device) -> list[dict]:
+def _through_routes(model: Routed, rows: list[Row], encoded: Encoded, device: torch.device, size: int) -> list[dict]:
     found: list[dict] = [{}] * len(rows)
     for task, places in model.groups([row.prompt for row in rows]).items():
         with model.using(task) as answering:
-            for i, line in zip(places, outcomes(answering, [rows[i] for i in places], encoded, device), strict=True):
+            answered = outcomes(answering, [rows[i] for i in places], encoded, device, size)
+            for i, line in zip(places, answered, strict=True):
                 found[i] = line | {"route": task}
     return found
 
@@ -67,3 +71,16 @@ def sit(model, exam: Exam, encoded: Encoded, device: torch.device, file: Path, s
     )  # fmt: skip
     say(event)
     return event
+
+
+def noise(model, exam: Exam, encoded: Encoded, device: torch.device, before: Path) -> dict[str, float]:
+    """Measure an exam again, in batches of other rows, and return how far the same weights differ from themselves.
+
+    before: outcomes of the first time. Returns items, flips, and loss: the mean absolute difference in nats per answer token.
+    """
+    rows = load(exam.file)
+    first = {line["item"]: line for line in map(json.loads, before.read_text(encoding="utf-8").splitlines())}
+    again = outcomes(model, rows[::-1], encoded, device, NOISE_ROWS)
+    differences = [abs(line["loss"] - first[line["item"]]["loss"]) / max(line["tokens"], 1) for line in again]
+    flips = sum(line["exact"] != first[line["item"]]["exact"] for line in again)
+    return {"items": len(again), "flips": flips, "loss": sum(differences) / len(differences)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ CLIPPED = 5.0  # nats per answer token: beyond, one item would decide for all of
 MOST_FLIPS_PERCENT = (
     3.0  # negative flips that an update of equal quality makes: 2 to 3 % (Yan et al. 2021, arXiv:2011.09161)
 )
+OWN = ("margin_points", "lower_is_better", "is_share")  # what a pair brings along to be judged by
 FLIPS_SHOWN = 200  # in the evidence; all of them are in the outcomes it is bound to
 
 
@@ -85,6 +87,7 @@ class Pair(BaseModel):
     lower_is_better: bool = False
     is_share: bool = True
     bound_to: dict[str, str] = {}
+    left_out: list[str] = Field([], description="items that are in training rows too, and so say nothing")
 
     @property
     def lost(self) -> int:
@@ -303,11 +306,10 @@ def _fallen(floor: Floor, settings: GateSettings) -> str:
     allowed = most / 100 if is_share else most
     if worse <= allowed or certain <= 0:
         return ""
+    said = f"rose from {floor.before:.2f} to {floor.after:.2f} {floor.unit}, by more than {most:g}"
     if is_share:
-        return f"{floor.title.lower()} fell from {100 * floor.before:.0f} % to {100 * floor.after:.0f} %, by more than {most:g} points"
-    return (
-        f"{floor.title.lower()} rose from {floor.before:.2f} to {floor.after:.2f} {floor.unit}, by more than {most:g}"
-    )
+        said = f"fell from {100 * floor.before:.0f} % to {100 * floor.after:.0f} %, by more than {most:g} points"
+    return f"{floor.title.lower()} {said}"
 
 
 def _negative_flips(old: list[Pair], settings: GateSettings, alpha: float) -> dict:
@@ -412,8 +414,8 @@ def _names(hurt: list[Finding]) -> str:
 
 def _line(pair: Pair, p: float) -> dict:
     return {"task": pair.task, "items": len(pair.before), "before": _mean(pair.before), "after": _mean(pair.after),
-            "lost": pair.lost, "gained": pair.gained, "change_points": pair.change, "p": p,
-            "bound_to": pair.bound_to}  # fmt: skip
+            "lost": pair.lost, "gained": pair.gained, "change_points": pair.change, "p": p, "bound_to": pair.bound_to,
+            "own": {name: getattr(pair, name) for name in OWN}, "left_out": pair.left_out}  # fmt: skip
 
 
 def _flips(pairs: list[Pair]) -> dict:
@@ -447,14 +449,22 @@ def pair(
     after: Path,
     margin_points: float | None = None,
     bound_to: dict[str, str] | None = None,
+    left_out: Iterable[str] = (),
+    **own: bool,
 ) -> Pair:
-    """Return the two versions' outcomes on the same items, matched by item; of a missing `before` a pair without items."""
+    """Return the two versions' outcomes on the same items, matched by item; of a missing `before` a pair without items.
+
+    left_out: items that are not judged. own: `lower_is_better` and `is_share` of a benchmark.
+    """
     old, new = _outcomes(before) if before else {}, _outcomes(after)
-    items = sorted(old.keys() & new.keys())
+    shared = sorted(old.keys() & new.keys())
+    known = set(left_out)
+    items = [item for item in shared if item not in known]
     told = {"before": [old[i][0] for i in items], "after": [new[i][0] for i in items]}
     if items and all(old[i][1] is not None and new[i][1] is not None for i in items):
         told |= {"loss_before": [old[i][1] for i in items], "loss_after": [new[i][1] for i in items]}
-    return Pair(task=task, items=items, margin_points=margin_points, bound_to=bound_to or {}, **told)
+    told["left_out"] = [item for item in shared if item in known]
+    return Pair(task=task, items=items, margin_points=margin_points, bound_to=bound_to or {}, **told, **own)
 
 
 def _outcomes(file: Path) -> dict[str, tuple[float, float | None]]:

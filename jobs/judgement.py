@@ -1,0 +1,191 @@
+"""A candidate before the gate: everything that is asked of it, the decision, and who has to agree before it goes live.
+
+Each question keeps its answer in a row (measurements, readings of benchmarks, parity), so that a judgement that was cut
+off is simply made again; the decision, the version's state and its deployment are written together, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqlmodel import Session, select
+
+from clm_app.catalog import shelf
+from clm_app.errors import BadModel
+from clm_app.judging import approval
+from clm_app.judging.gate import Floor, Noise, Pair, Verdict, judge, pair
+from clm_app.probes._base import SHELF, Probe
+from clm_app.provenance import code_version
+from clm_app.registry import versions
+from clm_app.registry.versions import lineage
+from clm_app.situations import refuse_damage
+from clm_app.wishes import LearnWish
+from clm_app.workspace import Workspace
+from jobs.queue import Queue
+from store.db import record
+from store.tables import Decision, Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
+
+MAIN = "main"
+
+
+class Judgement:
+    """One candidate of one run. `beat` is told what is asked now, and raises where the job was cancelled."""
+
+    def __init__(
+        self, workspace: Workspace, queue: Queue, job: Job, wish: LearnWish, run: Run, version: Version, spawn: Callable,
+        beat: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        self.workspace, self.queue, self.job, self.wish = workspace, queue, job, wish
+        self.run, self.version, self.spawn, self.beat = run, version, spawn, beat
+        with workspace.read() as session:
+            self.parent = session.get_one(Version, run.parent_version_id)
+            self.figures = session.get_one(Run, run.id).figures
+
+    def decide(self) -> Version:
+        """Ask everything, write what is decided, move the live alias if it may; return the version as it is then."""
+        told = self.outcomes()
+        repair = self.figures.get("repair")
+        first = self.judged(self.outcomes(repair["first"]), looks=1) if repair else None
+        looks = 1 + repair["certificate"].get("test_looks", 1) if repair and repair["passed"] else 1
+        verdict = first if repair and not repair["passed"] else self.judged(told, looks)
+        verdict = _after_repair(verdict, repair)
+        if verdict.verdict == "promote":
+            verdict = self.blocked(verdict)
+        return self.write([first, verdict] if first and repair["passed"] else [verdict])
+
+    # --- what is asked ------------------------------------------------------------------------------------------------
+
+    def outcomes(self, instead: dict[str, str] | None = None) -> tuple[Pair, list[Pair]]:
+        """Return (the new task, every old task) as parent and candidate answered their test items.
+
+        instead: {snapshot id: digest of outcomes} of the candidate as it was before it was repaired.
+        """
+        with self.workspace.read() as session:
+            known = lineage(session, self.parent)
+            old = [(s, t) for s, t in known if s.task_id != self.run.task_id]
+            new = session.get_one(Snapshot, self.run.snapshot_id), session.get_one(Task, self.run.task_id)
+            pairs = [self._paired(session, taken, task, instead or {}) for taken, task in (new, *old)]
+        return pairs[0], pairs[1:]
+
+    def _paired(self, session: Session, taken: Snapshot, task: Task, instead: dict[str, str]) -> Pair:
+        before, after = (measurement(session, v.id, taken.id) for v in (self.parent, self.version))
+        bound = {"snapshot": taken.object, "before": before.object if before else "",
+                 "after": instead.get(str(taken.id)) or after.object}  # fmt: skip
+        files = [self.workspace.objects.path(bound[when]) if bound[when] else None for when in ("before", "after")]
+        return pair(task.name, *files, bound_to=bound)
+
+    def judged(self, told: tuple[Pair, list[Pair]], looks: int) -> Verdict:
+        """Ask the gate, and bind its evidence to the weights and the code."""
+        new, old = told
+        noise = self.figures.get("noise")
+        verdict = judge(
+            new, [*old, *self.benchmarks()], self.wish.gate, floors=self.floors(), looks=looks,
+            noise=Noise(**noise) if noise else None,
+        )  # fmt: skip
+        weights = {
+            when: {"version": v.name, "base": v.base_digest, "object": v.object}
+            for when, v in (("before", self.parent), ("after", self.version))
+        }
+        return verdict.model_copy(
+            update={
+                "evidence": verdict.evidence
+                | {
+                    "weights": weights,
+                    "code": code_version(),
+                    "gate": verdict.model_dump(include={"verdict", "sentence"}),
+                }
+            }
+        )
+
+    def floors(self) -> list[Floor]:
+        """Return each general probe before and after, where both were read with the same ruler."""
+        found = []
+        with self.workspace.read() as session:
+            for name, cls in shelf(SHELF).items():
+                before, after = (newest_reading(session, v.id, name) for v in (self.parent, self.version))
+                if before and after and before.ruler == after.ruler:
+                    found.append(self._floor(cls, before, after))
+        return found
+
+    def _floor(self, cls: type[Probe], before: ProbeReading, after: ProbeReading) -> Floor:
+        lines = [load_lines(self.workspace.objects.path(reading.object)) for reading in (before, after)]
+        change = cls(cls.Settings()).change(*lines)
+        return Floor(
+            probe=cls.name, title=cls.title, unit=after.unit, before=before.value, after=after.value, change=change.value,
+            low=change.low, high=change.high, lower_is_better=after.lower_is_better,
+            bound_to={"before": before.object, "after": after.object},
+        )  # fmt: skip
+
+    def benchmarks(self) -> list[Pair]:
+        """Return every benchmark that this job holds its candidates to, as parent and candidate answered it."""
+        return []
+
+    def blocked(self, verdict: Verdict) -> Verdict:
+        """Return the verdict, or a refusal where the stored weights are damaged or the served artefact differs."""
+        self.beat("gate: are the stored weights whole")
+        try:
+            refuse_damage(self.workspace, self.version)
+        except BadModel as err:
+            return _block(verdict, f"Refused: {err}")
+        return verdict
+
+    # --- what is decided ----------------------------------------------------------------------------------------------
+
+    def write(self, verdicts: list[Verdict]) -> Version:
+        """Write the decisions, the state and, where nobody else has to agree, the deployment."""
+        with self.workspace.write() as session:
+            self.queue.held(session, self.job)
+            version = session.get_one(Version, self.version.id)
+            for verdict in verdicts:
+                decision = Decision(version_id=version.id, against_version_id=self.parent.id, **verdict.model_dump())
+                session.add(decision)
+                session.flush()
+            version.state = approval.state_after(verdict.verdict, self.wish.gate)
+            session.add(version)
+            session.flush()
+            record(session, "gate", f"version.{version.state}", f"version:{version.id}", decision=decision.id,
+                   sentence=verdict.sentence)  # fmt: skip
+            if version.state == approval.ACCEPTED and self.wish.deploy:
+                versions.deploy(session, version, decision_id=decision.id, actor="gate", reason=verdict.sentence)
+        return version
+
+
+def _after_repair(verdict: Verdict, repair: dict | None) -> Verdict:
+    """Return the verdict with what the ladder did: its certificate where it passed, a refusal where nothing did."""
+    sentence, told = verdict.sentence, verdict.evidence | {"repair": repair}
+    if verdict.verdict == "repair":
+        tried = ", ".join(step["rung"] for step in repair["tried"]) if repair else ""
+        sentence = f"{sentence.replace('Needs repair', 'Refused', 1)} "
+        sentence += f"No repair passed (tried: {tried})." if tried else "No repair was tried."
+        return verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": told})
+    if repair and verdict.verdict == "promote":
+        sentence = f"{sentence} It was repaired first: {repair['certificate'].get('sentence', repair['rung'])}"
+    return verdict.model_copy(update={"sentence": sentence, "evidence": told})
+
+
+def _block(verdict: Verdict, sentence: str) -> Verdict:
+    told = verdict.evidence | {"blocked": sentence}
+    return verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": told})
+
+
+def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
+    """Return a version's exact match on a snapshot's test items, or None where it was not measured."""
+    return session.exec(
+        select(Measurement).where(
+            Measurement.version_id == version_id, Measurement.snapshot_id == snapshot_id,
+            Measurement.split == "test", Measurement.metric == "exact_match",
+        ).order_by(Measurement.id.desc())
+    ).first()  # fmt: skip
+
+
+def newest_reading(session: Session, version_id: int, probe: str) -> ProbeReading | None:
+    """Return the newest reading of a probe on a version, or None."""
+    found = select(ProbeReading).where(ProbeReading.version_id == version_id, ProbeReading.probe == probe)
+    return session.exec(found.order_by(ProbeReading.id.desc())).first()
+
+
+def load_lines(file) -> list[dict]:
+    """Return the JSON lines of an outcomes file."""
+    import json
+
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
