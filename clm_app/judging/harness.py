@@ -1,0 +1,154 @@
+"""Public suites through the lm-evaluation-harness, where it is installed: its own tasks from local files, on our weights.
+
+Source: Biderman et al. 2024 (arXiv:2405.14782); https://github.com/EleutherAI/lm-evaluation-harness. A task is a YAML file in a
+folder of the person's; its data must lie on this machine too (`dataset_path: json`, `dataset_kwargs: {data_files: ...}`).
+No hub is asked: what is not there is refused. A task may name Python of its own (`!function`), which then runs: use files
+that you trust.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clm_app.errors import BadData, BadSettings, NotThere
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+HERE_ALONE = "DISABLE_MULTIPROC"  # no processes of the harness's own beside this one
+RESAMPLES = 1000  # for the standard error of a figure that has no formula, such as BLEU; the harness's own 100,000 takes minutes
+
+
+class HarnessSettings(BaseModel):
+    """Which tasks are run, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: Path = Field(description="folder with the YAML files of the tasks")
+    tasks: list[str] = Field(min_length=1, description="names of tasks or groups in that folder")
+    most_items: int | None = Field(
+        None, ge=1, description="items of each task that are read, from the first; empty: all"
+    )
+    examples: int | None = Field(
+        None, ge=0, description="solved examples shown before each item; empty: as the task says"
+    )
+    chat: bool = Field(
+        False, description="ask through the model's chat template; off: as running text, as published figures are"
+    )
+    batch_rows: int = Field(16, ge=1, le=1024, description="rows in one forward pass")
+
+
+def is_installed() -> bool:
+    """Return whether the harness can be imported."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
+def run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: HarnessSettings
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return {task: {metric: {"value", "standard_error"}}}; the error is None where the harness gives none.
+
+    A metric has the harness's own name, with its filter behind a comma where it has one: "acc", "exact_match,strict-match".
+
+    Raises:
+        NotThere: the harness is not installed.
+        BadSettings: a task is not in the folder.
+        BadData: a task's files cannot be used, or are not on this machine.
+    """
+    if not is_installed():
+        raise NotThere(
+            "The lm-evaluation-harness is not installed. Install it with "
+            f'"{sys.executable} -m pip install -c constraints.txt -e .[harness]" in the folder of CLM, then run this again.'
+        )
+    if not settings.folder.is_dir():
+        raise BadSettings(f"{settings.folder} is no folder. Name the folder with the YAML files of the tasks.")
+    with _offline(), _no_cache():
+        return _figures(_results(model, tokenizer, settings))
+
+
+def _results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: HarnessSettings) -> dict:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(include_path=str(settings.folder), include_defaults=False)
+    if missing := [name for name in settings.tasks if name not in tasks.all_tasks]:
+        raise BadSettings(
+            f"{missing[0]!r} is not among the tasks in {settings.folder}: {', '.join(tasks.all_tasks) or 'none'}. "
+            "Choose one of these, or put its YAML file there."
+        )
+    reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_rows)
+    try:
+        return simple_evaluate(
+            reader, tasks=settings.tasks, task_manager=tasks, num_fewshot=settings.examples, limit=settings.most_items,
+            apply_chat_template=settings.chat, bootstrap_iters=RESAMPLES, log_samples=False,
+        )["results"]  # fmt: skip
+    except (
+        Exception
+    ) as err:  # a task is a program of somebody else: whatever it raises, the person learns which and why
+        reason = (str(err) or type(err).__name__).splitlines()[0]
+        raise BadData(
+            f"{', '.join(settings.tasks)} in {settings.folder} cannot be run: {reason}. "
+            "Are its data files on this machine, and named by whole paths?"
+        ) from err
+
+
+def _figures(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float | None]]]:
+    return {task: dict(_metrics(found)) for task, found in results.items()}
+
+
+def _metrics(found: dict) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Yield (metric, its value and standard error) from the harness's {"acc,none": 0.5, "acc_stderr,none": 0.1}."""
+    for name, value in found.items():
+        metric, comma, way = name.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = found.get(f"{metric}_stderr,{way}")
+        is_known = isinstance(error, int | float) and math.isfinite(error)
+        yield metric if way == "none" else name, {"value": float(value), "standard_error": error if is_known else None}
+
+
+@contextmanager
+def _no_cache() -> Iterator[None]:
+    """Let the rows of a task be converted in a folder that goes afterwards, not in the person's home."""
+    import datasets.config
+
+    was = datasets.config.HF_DATASETS_CACHE
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps a file that is still mapped
+        datasets.config.HF_DATASETS_CACHE = Path(folder)
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = was
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let no Hugging Face library ask its hub; they read the environment once, at import, so the constants are set too."""
+    import datasets.config
+    import huggingface_hub.constants as hub
+
+    before = {name: os.environ.get(name) for name in (*OFFLINE, HERE_ALONE)}
+    was = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    os.environ.update(dict.fromkeys(before, "1"))
+    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
