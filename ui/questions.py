@@ -282,7 +282,7 @@ def compare(workspace: Workspace, before: str, after: str) -> dict[str, Any]:
             "lost": paired.lost, "gained": paired.gained,
         })  # fmt: skip
         rows = {row.key: row for row in _rows(workspace.objects.path(places[m.snapshot_id]) / "test.jsonl")}
-        flips += _flips(named[task], rows, *map(_outcomes, pairs[task]))
+        flips += _flips(named[task], rows, *map(outcomes, pairs[task]))
     flips.sort(key=lambda flip: (flip["kind"] == "gained", flip["loss_before"] - flip["loss_after"]))
     mean = {name: fmean(one[name] for one in told) for name in ("before", "after", "change_points")}
     mean |= {"low_points": 100 * interval[0], "high_points": 100 * interval[1]}
@@ -303,7 +303,8 @@ def _measured(session: Session, version_id: int) -> dict[int, Measurement]:
 
 
 @lru_cache(maxsize=128)
-def _outcomes(file: Path) -> dict[str, dict[str, Any]]:
+def outcomes(file: Path) -> dict[str, dict[str, Any]]:
+    """Return {item: its line} of an outcomes file."""
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     return {line["item"]: line for line in lines}
 
@@ -365,7 +366,7 @@ def _read(session: Session, version_id: int) -> dict[str, ProbeReading]:
 @lru_cache(maxsize=128)
 def _change(name: str, before: Path, after: Path) -> Value:
     cls = shelf(SHELF)[name]
-    return cls(cls.Settings()).change(*(list(_outcomes(file).values()) for file in (before, after)))
+    return cls(cls.Settings()).change(*(list(outcomes(file).values()) for file in (before, after)))
 
 
 def counterpart(workspace: Workspace, version: Version) -> str | None:

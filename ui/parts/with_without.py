@@ -28,7 +28,13 @@ def with_without(found: dict[str, Any]) -> str:
 
 
 def _scores(one: dict[str, Any], name: str) -> list[str]:
-    return [safe(name), percent(one["before"]), percent(one["after"]), _change(one)]
+    return [safe(name), _share(one, "before"), _share(one, "after"), _change(one)]
+
+
+def _share(one: dict[str, Any], side: str) -> str:
+    """Return a share, with its interval where that is known."""
+    ends = between((one[f"{side}_low"], one[f"{side}_high"]), digits=0) if f"{side}_low" in one else ""
+    return f"{percent(one[side])}<small>{ends}</small>" if ends else percent(one[side])
 
 
 def _change(one: dict[str, Any]) -> str:
