@@ -40,7 +40,7 @@ from clm_app.judging.stages import (
     is_likeliest,
     scored,
 )
-from clm_app.routes import Router, asked, is_routed
+from clm_app.routes import BASE, Router, asked, is_routed
 from clm_app.serving.backends._base import Backend
 from clm_app.serving.gguf import read
 from clm_app.serving.prompt import end_ids
@@ -78,6 +78,7 @@ class _Comparison:
 
     def __init__(self, order: ParityOrder, tell: Tell, load_served: Callable[[], Backend]) -> None:
         self.order, self.tell, self.load_served, self.settings = order, tell, load_served, order.settings
+        self.router: Router | None = None  # of the trained side
         self.figures: dict[str, Any] = {}
 
     def verdict(self) -> Compared:
@@ -92,6 +93,7 @@ class _Comparison:
         if found := damaged(self.order):
             return found
         self.tokenizer = load_tokenizer(self.order.trained.base)
+        self.ends = end_ids(self.order.trained.base, self.tokenizer.eos_token_id)
         self.encoded = Encoded(self.tokenizer, self.settings.longest_tokens)
         self.rows = drawn(self.order.held_out, self.settings)
         self.goldens, self.answers = goldens_of(self.tokenizer, self.rows, self._context(), self.settings)
@@ -127,13 +129,12 @@ class _Comparison:
 
     def _in_tokens(self, backend: Backend) -> Finding | None:
         """Compare what both sides read: stages 1 to 4."""
-        base = self.order.trained.base
         if is_routed(self.order.trained.adapter):
-            router = Router.load(self.order.trained.adapter)
+            self.router = Router.load(self.order.trained.adapter)
             for golden, seen in zip(self.goldens, self.trained, strict=True):
-                seen.route = router.route(asked(golden.messages))
-        of_trained = facts(self.tokenizer, base, end_ids(base, self.tokenizer.eos_token_id))
-        of_served = facts(backend.prompt.tokenizer, self.order.served.base, backend.prompt.ends)
+                seen.route = self.router.route(asked(golden.messages))
+        of_trained = facts(self.tokenizer, self.ends)
+        of_served = facts(backend.prompt.tokenizer, backend.prompt.ends)
         if found := in_tokens(self.goldens, self.trained, self.served, of_trained, of_served):
             return found
         if self.order.backend == "llama_cpp":
@@ -167,7 +168,7 @@ class _Comparison:
     def _in_answers(self, there: Answers) -> Finding | None:
         """Load the trained weights and compare what both sides answer: stages 5 to 7."""
         self.tell("loading the trained weights", 0.75)
-        model = Trained(self.order.trained)
+        model = Trained(self.order.trained, self.router)
         places = self._asked
         for n, i in enumerate(places):
             self.tell(f"asking the trained weights: {self.goldens[i].name}", 0.8 + 0.1 * n / len(places))
@@ -176,12 +177,17 @@ class _Comparison:
         if firsts[0][0].shape != firsts[1][0].shape:
             return Finding("other_tokenizer", f"The served model tells {firsts[1][0].size} tokens apart and the trained one "
                            f"{firsts[0][0].size}. Export from the version's own folders.", {})  # fmt: skip
+        if not all(np.isfinite(first).all() for first in firsts[1]):
+            return Finding("not_a_number", "The served model computes infinities or no numbers at all, as weights beyond the "
+                           "range of float16 do. Export in bfloat16 or float32.", {})  # fmt: skip
         self.figures |= apart(*firsts)
         if out := beyond(self.figures, self.bounds):
             return self._cause(model, there, out, "The first token of a reply is another one: ")
         self.figures |= self._further(model)
         if out := beyond(self.figures, self.bounds):
             return self._cause(model, there, out, "The first tokens agree and later ones do not: ")
+        if found := self._in_reply_texts():
+            return found
         self.tell("scoring the trained weights", 0.92)
         scores = self._scores(model, there)
         if scores.hurt:
@@ -200,18 +206,21 @@ class _Comparison:
                 place = np.arange(len(answer))
                 apart_nats += abs(float((one.steps[place, answer] - other.steps[place, answer]).sum()))
                 tokens += len(answer)
-            alike.append(self._is_own_reply(model, i))
+            steps = model.distributions(one.ids, other.reply, one.route)  # would training's weights have said the same?
+            alike.append(all(is_likeliest(step, token) for step, token in zip(steps, other.reply, strict=True)))
         return {"answer": apart_nats / max(tokens, 1), "replies": float(np.mean(alike))}
 
-    def _is_own_reply(self, model: Trained, i: int) -> bool:
-        """Say whether the trained weights, choosing greedily, would have said what the served side said."""
-        seen = self.served[i]
-        steps = model.distributions(self.trained[i].ids, seen.reply, self.trained[i].route)
-        is_own = all(is_likeliest(step, token) for step, token in zip(steps, seen.reply, strict=True))
-        ends = end_ids(self.order.trained.base, self.tokenizer.eos_token_id)
-        said = [token for token in seen.reply if token not in ends]
-        text = self.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return is_own and text == seen.reply_text
+    def _in_reply_texts(self) -> Finding | None:
+        """Compare the text that people get with what the tokens of the reply spell."""
+        for i in self._asked:
+            seen = self.served[i]
+            said = [token for token in seen.reply if token not in self.ends]
+            text = self.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if text != seen.reply_text:
+                evidence = {"prompt": self.goldens[i].name, "ids": said, "trained": text, "served": seen.reply_text}
+                return Finding("spelled_otherwise", "The right tokens become another text when it is served: characters are "
+                               "lost or changed on their way. Decode with the base's own tokenizer.", evidence)  # fmt: skip
+        return None
 
     def _scores(self, model: Trained, there: Answers) -> Scores:
         lines = [
@@ -239,8 +248,7 @@ class _Comparison:
         far = {i: apart([self.trained[i].steps[0]], [self.served[i].steps[0]])["divergence"] for i in self._asked}
         shown = []
         for i in sorted(far, key=far.__getitem__, reverse=True)[:3]:
-            reply = model.reply(self.trained[i].ids, self.settings.reply_tokens, self.trained[i].route,
-                                end_ids(self.order.trained.base, self.tokenizer.eos_token_id))  # fmt: skip
+            reply = model.reply(self.trained[i].ids, self.settings.reply_tokens, self.trained[i].route, self.ends)
             shown.append({
                 "prompt": self.goldens[i].name, "divergence": round(far[i], 6),
                 "trained": self.tokenizer.decode(reply), "served": self.tokenizer.decode(self.served[i].reply),
@@ -250,8 +258,10 @@ class _Comparison:
 
     def _cause_in_adapter(self, model: Trained) -> Finding | None:
         """Ask the trained weights as a wrong export would use them; the one that the served side agrees with is the cause."""
-        places = self._asked
+        places = [i for i in self._asked if self.trained[i].route != BASE]  # no adapter answers there: nothing to learn
         served = [self.served[i].steps[0] for i in places]
+        if not places:
+            return None
         is_far = apart([self.trained[i].steps[0] for i in places], served)["divergence"]
         for name, sentence in model.mistakes().items():
             said = [model.distributions(self.trained[i].ids, [], self.trained[i].route, name)[0] for i in places]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,19 +21,19 @@ from clm_app.engine.routed import Routed
 from clm_app.errors import BadInput
 from clm_app.judging.parity import Artefact, Golden
 from clm_app.judging.stages import Facts, Seen
-from clm_app.routes import BASE, asked, is_routed
+from clm_app.routes import BASE, Router, asked, is_routed
 from clm_app.serving.backends._base import Backend
 from clm_app.serving.chat import ChatOptions, Message
 
 # --- the served side -------------------------------------------------------------------------------------------------
 
 
-def facts(tokenizer, folder: Path, ends: frozenset[int]) -> Facts:
-    """Return what a tokenizer in use and its folder say."""
+def facts(tokenizer, ends: frozenset[int]) -> Facts:
+    """Return what a tokenizer in use says, and which ids end a reply."""
     controls = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     return Facts(
         template=tokenizer.chat_template, has_template=tokenizer.chat_template != PLAIN, vocabulary=tokenizer.get_vocab(),
-        controls=controls, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, ends=frozenset(ends), width=len(tokenizer),
+        controls=controls, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, ends=frozenset(ends),
     )  # fmt: skip
 
 
@@ -110,13 +109,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 class Trained:
     """The weights as they were trained and measured, in float32: adapters applied, not merged."""
 
-    def __init__(self, artefact: Artefact) -> None:
+    def __init__(self, artefact: Artefact, router: Router | None) -> None:
+        """router: of a version with one adapter per task, read already; what it has solved need not be solved again."""
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(artefact.base, dtype=torch.float32, local_files_only=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if is_routed(artefact.adapter):
             base = Routed(base, artefact.adapter)
+            base.router = router
         elif artefact.adapter is not None:
             from peft import PeftModel
 

@@ -183,6 +183,9 @@ def cause_in_weights(trained: dict[str, np.ndarray], config: dict, there: Held, 
         "different": len(moved),
         "worst": {name: round(moved[name], 6) for name in worst[:5]},
     }
+    if not moved and there.rounded:
+        return Finding("rounding", f"Rounding damages it: {len(there.rounded)} tensors are no further off than such rounding "
+                       "makes them, which is too far for this model. Export with more bits, Q8_0 or F16.", evidence)  # fmt: skip
     if not moved:
         return _cause_in_config(config, there.config, evidence)
     if all(".q_proj." in name or ".k_proj." in name for name in moved) and all(
@@ -234,6 +237,15 @@ def _is_reordered(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _is_coarse(tensor: np.ndarray, exact: np.ndarray) -> bool:
-    """Say whether the rows of a matrix have few different values, and fewer than those of the exact one."""
+    """Say whether a matrix was rounded: few different values in a row, or 16 bits each, where the exact one has more."""
+    if _fits_16_bits(tensor) and not _fits_16_bits(exact):
+        return True
     rows = [np.mean([len(np.unique(row)) for row in side[:16]]) for side in (tensor, exact)]
-    return rows[0] < LEVELS * tensor.shape[1] and rows[0] < LEVELS * rows[1]
+    return rows[0] < LEVELS * min(tensor.shape[1], rows[1])
+
+
+def _fits_16_bits(tensor: np.ndarray) -> bool:
+    """Say whether float16 or bfloat16, which is the upper half of float32's bits, holds a matrix exactly."""
+    some = np.ascontiguousarray(tensor[:16], np.float32)
+    with np.errstate(over="ignore"):
+        return not (some.view(np.uint32) & 0xFFFF).any() or bool((some.astype(np.float16) == some).all())

@@ -45,7 +45,6 @@ class Facts(NamedTuple):
     bos: int | None
     eos: int | None
     ends: frozenset[int]  # ids that end a reply
-    width: int  # numbers in one distribution; 0: not known yet
 
 
 @dataclass
