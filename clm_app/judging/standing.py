@@ -335,6 +335,7 @@ def _wilson(right: int, items: int) -> Interval:
 
 @lru_cache(maxsize=1024)
 def _files(place: Path) -> dict[tuple[int, int], int]:
-    """Return {(device, inode): bytes} of every file in a folder; a file that two versions share is one."""
-    found = [file.stat() for file in place.rglob("*") if file.is_file()]
+    """Return {(device, inode): bytes} of every file in a place; a file that two versions share is one."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    found = [file.stat() for file in files if file.is_file()]
     return {(status.st_dev, status.st_ino): status.st_size for status in found}

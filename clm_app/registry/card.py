@@ -209,7 +209,7 @@ def _opening(found: Evidence) -> str:
     return (
         f"A version of {_cell(_base_name(found))} that has learned {len(found.learned)} task(s): {_cell(learned)}. State: {state}. "
         f"{version.parameters:,} parameters, {version.trained_parameters:,} of them trained in its own run; {size}. Made on "
-        f"{version.created_at:%Y-%m-%d} by CLM {__version__}; every figure below is from the record."
+        f"{version.created_at:%Y-%m-%d}. This card was written by CLM {__version__}; every figure in it is from the record."
     )
 
 

@@ -8,7 +8,8 @@ from clm_app.judging.standing import Standing, Standings
 from ui.parts.trends import dash, hue, legend, mark
 from ui.parts.words import card, percent, safe
 
-SIZE, RADIUS, LONGEST = 420, 140, 16  # px, px, letters of a task's name
+WIDTH, HEIGHT, RADIUS = 560, 380, 145
+LONGEST = 20  # letters of a task's name
 LEAST_SPOKES, MOST_VERSIONS = 3, 3
 
 
@@ -24,7 +25,7 @@ def radar(found: Standings, names: list[str]) -> str:
     )
     shapes = "".join(_shape(i, row, tasks) for i, row in enumerate(rows))
     plot = (
-        f'<div class="clm-scroll"><svg class="clm-plot clm-radar" viewBox="0 0 {SIZE} {SIZE}" width="{SIZE}" height="{SIZE}" '
+        f'<div class="clm-scroll"><svg class="clm-plot clm-radar" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-label="{safe(said)}">{_web(tasks)}{shapes}</svg></div>'
     )
     return card("Task by task", plot + legend([row.version for row in rows]), "exact match; the rim is 100 %")
@@ -40,10 +41,10 @@ def _web(tasks: list[str]) -> str:
 
 def _spoke(place: int, of: int, task: str) -> str:
     (x, y), (tx, ty) = _at(place, of, 1), _at(place, of, 1.12)
-    anchor = "middle" if abs(tx - SIZE / 2) < 12 else "start" if tx > SIZE / 2 else "end"
+    anchor = "middle" if abs(tx - WIDTH / 2) < 12 else "start" if tx > WIDTH / 2 else "end"
     short = task if len(task) <= LONGEST else f"{task[: LONGEST - 1]}…"
     return (
-        f'<line class="clm-rule" x1="{SIZE / 2}" y1="{SIZE / 2}" x2="{x:.1f}" y2="{y:.1f}"/>'
+        f'<line class="clm-rule" x1="{WIDTH / 2}" y1="{HEIGHT / 2}" x2="{x:.1f}" y2="{y:.1f}"/>'
         f'<text class="clm-tick" x="{tx:.1f}" y="{ty + 4:.1f}" text-anchor="{anchor}">'
         f"<title>{safe(task)}</title>{safe(short)}</text>"
     )
@@ -65,4 +66,4 @@ def _outline(values: list[float]) -> str:
 def _at(place: int, of: int, share: float) -> tuple[float, float]:
     """Return where a share lies on a spoke; the first one points up, the others follow clockwise."""
     angle = 2 * math.pi * place / of
-    return SIZE / 2 + RADIUS * share * math.sin(angle), SIZE / 2 - RADIUS * share * math.cos(angle)
+    return WIDTH / 2 + RADIUS * share * math.sin(angle), HEIGHT / 2 - RADIUS * share * math.cos(angle)

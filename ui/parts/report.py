@@ -21,12 +21,12 @@ DARK = """
 @media screen and (prefers-color-scheme: dark) { %s :root { --block-background-fill: #182028; } body { background: #10161b; } }
 """
 PRINT = """
-@page { margin: 14mm; }
+@page { size: landscape; margin: 12mm; }
 @media print { body { background: none; padding: 0; max-width: none; }
   .clm-scroll, .clm-tall { overflow: visible; max-height: none; }
   .clm-card { break-inside: auto; border-color: #999; } tr, article, figure, svg { break-inside: avoid; }
   .clm-plot { max-width: 100%; height: auto; } thead { display: table-header-group; } .clm-wide .clm-table { min-width: 0; }
-  .clm-table { font-size: 8.5pt; } }
+  .clm-table { font-size: 8pt; } .clm-standing .clm-table { min-width: 0; } .clm-standing small { white-space: normal; } }
 """
 
 
