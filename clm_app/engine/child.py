@@ -46,7 +46,7 @@ def main(file: Path) -> int:
     draft = order.folder / ".result.json"
     told = {
         "measured": [m.model_dump() for m in measured], "probed": [p.model_dump() for p in engine.probed],
-        "noise": engine.noise,
+        "noise": engine.noise, "repair": engine.repaired,
     }  # fmt: skip
     draft.write_text(json.dumps({"trained": trained.model_dump()} | told))
     with open(draft, "rb") as handle:

@@ -21,7 +21,6 @@ class Line:
 
     def __init__(self, model: torch.nn.Module, before: dict[str, Tensor], groups: int) -> None:
         """before: {name of each parameter that was trained: its value in the version before}."""
-        self.at: list[float] = []
         self.residual = 0.0  # share of an adapter's change that its rank could not hold at the last place
         self.parameters = {n: p for n, p in model.named_parameters() if n in before}
         self.before = before
@@ -36,7 +35,8 @@ class Line:
 
     def divide(self, groups: int) -> None:
         """Give so many groups of layers, by depth, a coefficient each."""
-        self.group, self.at = dict(zip(self.names, by_depth(self.names, groups), strict=True)), []
+        self.groups, self.at = groups, []
+        self.group = dict(zip(self.names, by_depth(self.names, groups), strict=True))
 
     def go(self, alphas: list[float]) -> None:
         """Set the model's weights to this place of the line."""

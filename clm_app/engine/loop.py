@@ -27,6 +27,7 @@ from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, ten
 from clm_app.engine.measure import noise, sit
 from clm_app.engine.order import Order
 from clm_app.engine.probing import reading
+from clm_app.engine.repairing import repaired
 from clm_app.engine.routed import Routed
 from clm_app.engine.settings import SMALL_MODEL
 from clm_app.errors import BadModel, OutOfRoom
@@ -56,6 +57,7 @@ class Engine:
         self._epochs: dict[int, list] = {}
         self.probed: list[Probed] = []
         self.noise: dict[str, float] | None = None  # the trained weights measured twice
+        self.repaired: dict | None = None  # what came of the repair, where one was needed
 
     def run(self) -> tuple[Trained, list[Measured]]:
         """Do the whole order and return what was trained and measured."""
@@ -75,6 +77,7 @@ class Engine:
         tested = self.answering(model, Path(done.folder))
         measured += self._exams(tested, self.order.after, "after")
         self.noise = self._noise(tested)
+        self.repaired = repaired(self, tested, done)
         return done, at_root + measured
 
     def _noise(self, model: torch.nn.Module) -> dict[str, float] | None:

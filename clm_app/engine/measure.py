@@ -60,7 +60,11 @@ def _through_routes(model: Routed, rows: list[Row], encoded: Encoded, device: to
 
 def sit(model, exam: Exam, encoded: Encoded, device: torch.device, file: Path, say: Callable) -> Measured:
     """Measure one exam, write its outcomes to `file`, and say the figures."""
-    found = outcomes(model, load(exam.file), encoded, device)
+    return written(exam, outcomes(model, load(exam.file), encoded, device), file, say)
+
+
+def written(exam: Exam, found: list[dict], file: Path, say: Callable) -> Measured:
+    """Write the outcomes of an exam to `file`, whose folder says when it was sat, and say the figures."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
     event = Measured(
