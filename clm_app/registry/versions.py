@@ -12,7 +12,18 @@ from clm_app.errors import BadModel, NotThere
 from clm_app.workspace import Workspace
 from store.db import record
 from store.objects import folder_digest
-from store.tables import AuditEvent, Decision, Deployment, Measurement, Run, Snapshot, Task, Version
+from store.tables import (
+    Approval,
+    AuditEvent,
+    Decision,
+    Deployment,
+    Measurement,
+    ParityReading,
+    Run,
+    Snapshot,
+    Task,
+    Version,
+)  # fmt: skip
 
 STARTER = Path(__file__).parent.parent / "starter" / "model"
 
@@ -179,6 +190,10 @@ def card(workspace: Workspace, version: Version) -> dict:
             select(Deployment).where(Deployment.version_id == version.id).order_by(Deployment.id)
         ).all()
         audit = session.exec(select(AuditEvent).where(AuditEvent.subject == f"version:{version.id}")).all()
+        words = session.exec(select(Approval).where(Approval.version_id == version.id).order_by(Approval.id)).all()
+        parity = session.exec(
+            select(ParityReading).where(ParityReading.version_id == version.id).order_by(ParityReading.id)
+        ).all()
         task = session.get(Task, run.task_id) if run else None
     plain = lambda row: row.model_dump(mode="json") if row else None  # noqa: E731
     return {
@@ -186,5 +201,5 @@ def card(workspace: Workspace, version: Version) -> dict:
         "run": plain(run), "snapshot": plain(snapshot),
         "measurements": [plain(m) | {"task": name} for m, name in measured],
         "decisions": [plain(d) for d in decisions], "deployments": [plain(d) for d in moves],
-        "audit": [plain(a) for a in audit],
+        "audit": [plain(a) for a in audit], "approvals": [plain(a) for a in words], "parity": [plain(p) for p in parity],
     }  # fmt: skip
