@@ -108,7 +108,7 @@ def _refuse_voice(session: Session, version: Version, decision, job, says: Says,
         raise BadInput(f"{by} has said so of {version.name} already; under {policy} another person's word is needed.")
     if policy == "four eyes" and job and job.asked_by.lower() == by.lower() and says != "reject":
         raise BadInput(
-            f"{by} asked for the training of {version.name}, and four eyes need two other people. Let them speak."
+            f"{job.asked_by} asked for the training of {version.name}, and four eyes need two other people. Let them speak."
         )
     if decision is None:
         raise BadInput(
