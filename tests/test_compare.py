@@ -17,7 +17,9 @@ import yaml
 from fastapi.testclient import TestClient
 
 from clm_app.data.withdrawal import withdraw
+from clm_app.judging.bisect import Answer
 from clm_app.judging.bootstrap import changes
+from clm_app.judging.leakage import Leak, LeakReport
 from clm_app.judging.standing import ALIKE, BETTER, WORSE, standings, wilson
 from clm_app.probes.kinds._base import BenchmarkItem
 from clm_app.registry import versions
@@ -27,9 +29,11 @@ from jobs.clock import Clock
 from jobs.supervisor import spawn
 from store.tables import Approval, Benchmark, BenchmarkReading, Deployment, ParityReading
 from tests.recorded import Line, right
-from ui import comparing
+from ui import comparing, questions
 from ui.house import House
+from ui.parts.broken import broken
 from ui.parts.radar import radar
+from ui.parts.side_by_side import replies
 from ui.parts.standing import standing_table
 from ui.parts.trends import trends
 from ui.parts.word_diff import GONE, NEW, SAME, as_html, as_text, word_diff
@@ -139,7 +143,7 @@ def test_a_file_that_two_versions_share_is_added_by_the_first_alone(workspace, t
 
 def test_where_outcomes_are_gone_the_scores_stay_and_no_change_is_said(line):
     with line.workspace.read() as session:
-        gone = comparing.questions._measured(session, versions.by_name(line.workspace, "v2").id)[1].object
+        gone = questions._measured(session, versions.by_name(line.workspace, "v2").id)[1].object
     line.workspace.objects.path(gone).unlink()
     row = {row.version: row for row in standings(line.workspace).rows}["v2"]
     assert (
@@ -248,19 +252,27 @@ def test_what_was_said_of_flipped_rows_is_asked_of_both_greedily_and_the_words_t
     assert first["diff"].startswith("I am[- v2,-]{+ v3,+} and I heard:")
 
 
-def test_benchmarks_are_compared_item_by_item_and_kept_replies_are_not_asked_for_again(client, line):
-    workspace, items = line.workspace, [BenchmarkItem(prompt=f"say {i}", expected="yes") for i in range(20)]
-    folder = workspace.home / "bench"
-    folder.mkdir()
+def test_benchmarks_are_compared_item_by_item_on_the_items_that_may_judge(client, line):
+    workspace, items = line.workspace, [BenchmarkItem(prompt=f"say {i}", expected="yes") for i in range(22)]
+    (workspace.home / "bench").mkdir()
     for part in ("validation", "test"):
-        (folder / f"{part}.jsonl").write_text("".join(item.model_dump_json() + "\n" for item in items))
+        (workspace.home / "bench" / f"{part}.jsonl").write_text(
+            "".join(item.model_dump_json() + "\n" for item in items)
+        )
+    leak = Leak(item=items[20].key, task="Lamps", snapshot_id=1, row="x", trained="say 20", how="exact", closeness=1)
     with workspace.write() as session:
-        session.add(Benchmark(name="Yes", key="yes", version=2, kind="token_f1", object=workspace.objects.put(folder),
-                              validation_items=20, test_items=20))  # fmt: skip
+        session.add(Benchmark(
+            name="Yes", key="yes", version=2, kind="token_f1", object=workspace.objects.put(workspace.home / "bench"),
+            validation_items=22, test_items=22, report={"leakage": LeakReport(leaks=[leak]).model_dump()},
+        ))  # fmt: skip
         session.flush()
         for name, yes in (("v2", 18), ("v3", 6)):
             said = [{"item": item.key, "score": float(i < yes), "text": "yes" if i < yes else f"no {i}"}
-                    for i, item in enumerate(items)]  # fmt: skip
+                    for i, item in enumerate(items[:20])]  # fmt: skip
+            said += [
+                {"item": items[20].key, "score": float(name == "v2"), "text": name},
+                {"item": items[21].key, "too_long": 9},
+            ]
             session.add(BenchmarkReading(
                 benchmark_id=1, version_id=versions.by_name(workspace, name).id, split="test", on="trained", backend="engine",
                 key=name, value=yes / 20, low=yes / 20 - 0.1, high=yes / 20 + 0.1, unit="share of words", items=20,
@@ -269,17 +281,36 @@ def test_benchmarks_are_compared_item_by_item_and_kept_replies_are_not_asked_for
     told = client.get("/api/compare/whole?before=v2&after=v3").json()
     (one,) = told["benchmarks"]
     assert one["benchmark"] == "Yes@2" and one["change"] == pytest.approx(-0.6) and one["says"] == WORSE
-    assert one["low"] < -0.6 < one["high"] < 0 and len(told["benchmark_flips"]) == 12
+    assert one["low"] < -0.6 < one["high"] < 0 and len(told["benchmark_flips"]) == 12, (
+        "neither the leak nor the long one"
+    )
     first = told["benchmark_flips"][0]
     assert (first["before_text"], first["kind"]) == ("yes", "lost") and first[
         "after_text"
     ] == f"no {first['prompt'][4:]}"
-    kept = [r for r in client.get("/api/compare/outputs?before=v2&after=v3&most=50").json()["replies"] if r["kept"]]
-    assert kept == [], "fifty rows of tasks come first"
     page = client.get("/api/compare/export?before=v2&after=v3").text
     assert "Yes@2" in page and "12 items scored otherwise" in page
     assert standings(workspace).rows[1].readings[0].benchmark == "Yes@2"
     assert "Yes@2 | token_f1 | 0.3 |" in model_card(workspace, versions.by_name(workspace, "v3"))
+
+
+def test_replies_that_a_benchmark_kept_are_shown_and_not_asked_for_again(client, monkeypatch):
+    flip = {
+        "benchmark": "Yes@2",
+        "item": "x",
+        "prompt": "say it",
+        "kind": "lost",
+        "before_text": "yes",
+        "after_text": "no",
+    }
+    real = comparing.side_by_side
+    monkeypatch.setattr(
+        comparing, "side_by_side",
+        lambda *names: real(*names) | {"flips": [], "benchmark_flips": [flip | {"after_text": None}, flip]},
+    )  # fmt: skip
+    told = client.get("/api/compare/outputs?before=v2&after=v3").json()
+    assert [(r["task"], r["diff"], r["kept"]) for r in told["replies"]] == [("Yes@2", "[-yes-]{+no+}", True)]
+    assert client.app.state.house.router.asked == []
 
 
 # --- any two who answer --------------------------------------------------------------------------------------------------------
@@ -326,6 +357,7 @@ def test_a_version_and_any_endpoint_answer_the_same_prompts(client, endpoint):
     assert told["right"] == f"other at {endpoint.address}" and "secret" not in answer.text
     (one,) = told["replies"]
     assert one["diff"] == "I am[- v3,-]{+ another,+} and I heard: Hello?" and one["right_tokens"] == 7
+    assert "<del> v3,</del><ins> another,</ins>" in replies(told) and Well(replies(told)).open == []
     (path, heard, key) = endpoint.heard[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret"
     assert (heard["temperature"], heard["max_tokens"], heard["stream"], heard["model"]) == (0, 33, False, "other")
@@ -471,6 +503,8 @@ def test_a_bisect_job_is_asked_over_the_api_and_done_by_the_clock(client, line):
     clock._worker.join(30)
     job = client.get(f"/api/jobs/{asked.json()['id']}").json()
     assert job["status"] == "done" and job["result"]["first_broken"] == "v3" and job["result"]["measured"] == 0, job
+    drawn = broken(Answer.model_validate(job["result"]))
+    assert Well(drawn).open == [] and "The gate had said of it: Promote: said of v3." in drawn
     assert job["result"]["sentence"].startswith(
         "v3, which learned <b>|Tools with replay, broke Lamps: 88 % right in v2, 50 %"
     )

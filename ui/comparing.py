@@ -16,10 +16,12 @@ from sqlmodel import Session, select
 
 from clm_app.catalog import shelf
 from clm_app.errors import BadInput, ChildFailed
+from clm_app.judging.benchmarks import kind_of, leakage_of, load
+from clm_app.judging.benchmarks import made as kind_made
 from clm_app.judging.bootstrap import over_items
 from clm_app.judging.standing import ALIKE, BETTER, WORSE, Standings, reading, standings, wilson
 from clm_app.probes._base import Value
-from clm_app.probes.kinds._base import SHELF, BenchmarkItem, Kind
+from clm_app.probes.kinds._base import SHELF, Kind
 from clm_app.registry import versions
 from clm_app.serving.chat import ChatOptions
 from clm_app.serving.endpoint import Endpoint, Reply
@@ -140,10 +142,13 @@ def _change(
     workspace: Workspace, benchmark: Benchmark, then: BenchmarkReading, now: BenchmarkReading
 ) -> dict[str, Any]:
     files = _outcome_files(workspace, then, now)
-    change = _paired(benchmark.kind, json.dumps(benchmark.settings), *files) if files else None
+    kind = shelf(SHELF).get(benchmark.kind)
+    change = None
+    if files and kind is not None and kind.value is Kind.value:
+        change = _paired(benchmark.kind, json.dumps(benchmark.settings), frozenset(leakage_of(benchmark).keys), *files)
     if change is None:
         return {"change": None, "low": None, "high": None, "says": None}
-    return change._asdict() | {"change": change.value, "says": _says(change, now.lower_is_better)}
+    return {"change": change.value, "low": change.low, "high": change.high, "says": _says(change, now.lower_is_better)}
 
 
 def _says(change: Value, lower_is_better: bool) -> str:
@@ -159,25 +164,28 @@ def _outcome_files(workspace: Workspace, *found: BenchmarkReading) -> tuple[Path
         return None
 
 
+def _judging(leaking: frozenset[str], *files: Path) -> list[tuple[dict, dict]]:
+    """Return both outcomes of each item that may judge: neither leaked into training rows nor too long for a model."""
+    old, new = map(questions.outcomes, files)
+    shared = sorted((old.keys() & new.keys()) - leaking)
+    return [(old[item], new[item]) for item in shared if "too_long" not in old[item] and "too_long" not in new[item]]
+
+
 @lru_cache(maxsize=256)
-def _paired(kind: str, settings: str, before: Path, after: Path) -> Value | None:
-    """Return the change of a benchmark's value with its interval, the same items drawn for both; None: cannot be said."""
+def _paired(kind: str, settings: str, leaking: frozenset[str], before: Path, after: Path) -> Value | None:
+    """Return the change of a benchmark's value with its 95 % interval, the same items drawn for both; None of no items."""
     import numpy
 
-    cls = shelf(SHELF).get(kind)
-    if cls is None or cls.value is not Kind.value:
+    made = kind_made(kind, json.loads(settings))
+    lines = _judging(leaking, before, after)
+    if not lines:
         return None
-    made = cls(cls.Settings(**json.loads(settings)))
-    old, new = (questions.outcomes(file) for file in (before, after))
-    shared = sorted(old.keys() & new.keys())
-    if not shared:
-        return None
-    parts = numpy.array([[made.parts(side[item]) for item in shared] for side in (old, new)], float)  # (2, items, 2)
-    cells = [[values] for side in parts for values in side.T]  # numerator and denominator before, then after
-    sums = parts.sum(axis=1)
-    value = sums[1, 0] / sums[1, 1] - sums[0, 0] / sums[0, 1]
-    ends = over_items(cells, lambda v: v[..., 2, 0] / v[..., 3, 0] - v[..., 0, 0] / v[..., 1, 0])
-    return Value(float(value), *ends)
+    parts = numpy.array([[made.parts(side) for side in pair] for pair in lines], float)  # (items, before or after, 2)
+    cells = [[values] for values in parts.reshape(len(lines), 4).T]  # numerator and denominator before, then after
+    figure = lambda v: v[..., 2] / v[..., 3] - v[..., 0] / v[..., 1]  # noqa: E731
+    return Value(
+        float(figure(parts.reshape(len(lines), 4).sum(axis=0))), *over_items(cells, lambda v: figure(v[..., 0]))
+    )
 
 
 def _benchmark_flips(
@@ -187,25 +195,24 @@ def _benchmark_flips(
     files = _outcome_files(workspace, then, now) if now.unit.startswith("share") else None
     if not files:
         return []
-    old, new = (questions.outcomes(file) for file in files)
     prompts = _prompts(workspace.objects.path(benchmark.object) / f"{now.split}.jsonl")
-    sign = -1 if now.lower_is_better else 1
+    has_replies = kind_of(benchmark).asks == "text"
     flips = []
-    for item in sorted(old.keys() & new.keys()):
-        change = sign * (new[item]["score"] - old[item]["score"])
-        if change:
+    for old, new in _judging(frozenset(leakage_of(benchmark).keys), *files):
+        if change := (old["score"] - new["score"] if now.lower_is_better else new["score"] - old["score"]):
+            texts = {f"{side}_text": line.get("text") if has_replies else None
+                     for side, line in (("before", old), ("after", new))}  # fmt: skip
             flips.append({
-                "benchmark": name, "item": item, "prompt": prompts.get(item, ""), "kind": "gained" if change > 0 else "lost",
-                "before_text": old[item].get("text"), "after_text": new[item].get("text"),
-            })  # fmt: skip
+                "benchmark": name, "item": new["item"], "prompt": prompts.get(new["item"], ""),
+                "kind": "gained" if change > 0 else "lost",
+            } | texts)  # fmt: skip
     return sorted(flips, key=lambda flip: flip["kind"], reverse=True)
 
 
 @lru_cache(maxsize=32)
 def _prompts(file: Path) -> dict[str, str]:
     """Return {item: its prompt} of one part of a benchmark."""
-    items = map(BenchmarkItem.model_validate_json, file.read_text(encoding="utf-8").splitlines())
-    return {item.key: item.prompt for item in items}
+    return {item.key: item.prompt for item in load(file)}
 
 
 # --- replies -------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from sqlmodel import Session, select
 
 from clm_app.errors import BadModel
+from clm_app.judging.benchmarks import title
 from clm_app.judging.bootstrap import Interval, changes, over_items
 from clm_app.judging.gate import exact_outcomes
 from clm_app.registry import versions
@@ -204,7 +205,7 @@ class _Record:
 def reading(found: BenchmarkReading, benchmark: Benchmark) -> Reading:
     """Return a reading with the name of its benchmark."""
     own = found.model_dump(include=set(Reading.model_fields) & set(BenchmarkReading.model_fields))
-    return Reading(benchmark=f"{benchmark.name}@{benchmark.version}", kind=benchmark.kind, **own)
+    return Reading(benchmark=title(benchmark), kind=benchmark.kind, **own)
 
 
 def _live(session: Session) -> dict[int, list[tuple[datetime, datetime | None]]]:
