@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlmodel import select
@@ -11,13 +12,18 @@ from clm_app.catalog import pick
 from clm_app.data.ingest import find, tasks
 from clm_app.data.reading import read_rows
 from clm_app.data.streams import TaskSource
+from clm_app.engine.examiner import ExaminationSettings
 from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.settings import TrainingSettings
 from clm_app.errors import BadData, BadInput, BadSettings, NotThere
+from clm_app.judging import benchmarks
 from clm_app.judging.gate import GateSettings
 from clm_app.probes._base import made as made_probes
 from clm_app.registry import versions
-from clm_app.situations import situation, stored
+from clm_app.repairs._base import SHELF as REPAIRS
+from clm_app.repairs._base import RepairSettings
+from clm_app.serving.choice import choose as choose_backend
+from clm_app.situations import refuse_damage, situation, stored
 from clm_app.strategies._base import Situation
 from clm_app.strategies._combined import choose, made, part_of
 from clm_app.workspace import Workspace
@@ -43,6 +49,17 @@ class LearnWish(BaseModel):
     method_settings: dict = Field(default_factory=dict, description="the method's own knobs")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the knobs of every run")
     gate: GateSettings = Field(default_factory=GateSettings, description="how strict the gate is")
+    repair: RepairSettings = Field(
+        default_factory=RepairSettings, description="what is tried when a candidate learned its task and hurt an old one"
+    )
+    benchmarks: list[str] = Field(
+        default_factory=list, max_length=100, description="benchmarks that every candidate is held to beside its tasks: "
+        "name, newest version, or name@version",
+    )  # fmt: skip
+    check_served: bool = Field(
+        True, description="ask golden prompts of what would be served before a candidate is promoted, and refuse one that "
+        "answers otherwise than was measured",
+    )  # fmt: skip
     compare_naive: bool = Field(False, description="also learn the stream without protection, to show the difference")
     deploy: bool = Field(True, description="put a version live when the gate promotes it")
     start_from: str = Field("live", description="version the stream starts from")
@@ -53,6 +70,8 @@ class LearnWish(BaseModel):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise BadData(f"The stream names {min(twice)!r} twice; a task is learned once in a stream. Remove one.")
+        for rung in self.repair.rungs:
+            pick(REPAIRS, rung)
         if self.method:
             pick("clm_app.methods", self.method).Settings(**self.method_settings)
         elif self.method_settings:
@@ -111,6 +130,8 @@ def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish, rows: int) 
     Every probe's file is read too: a missing one is said now and not in the middle of the job.
     """
     made_probes(workspace.settings.probes)
+    for name in wish.benchmarks:
+        benchmarks.kind_of(benchmarks.find(workspace, name))
     parent = versions.by_name(workspace, wish.start_from)
     task = find(workspace, wish.stream[0].name)
     known = situation(workspace, wish, parent, task.name if task else wish.stream[0].name.strip(), rows)
@@ -126,6 +147,55 @@ def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish, rows: int) 
         parent.parameters, base, method.weights_kind, knobs.batch_rows, knobs.max_tokens, workspace.home, method.base_bits,
         part_of(strategy).needs_parent,
     )  # fmt: skip
+
+
+class ExamineWish(BaseModel):
+    """Let versions sit benchmarks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    benchmarks: list[str] = Field(min_length=1, max_length=100, description="names, newest version, or name@version")
+    versions: list[str] = Field(["live"], min_length=1, max_length=1000, description="names of versions, or live")
+    split: Literal["test", "validation"] = Field(
+        "test", description="test judges, and is asked once of each version; validation is for searching"
+    )
+    on: Literal["trained", "served"] = Field(
+        "trained", description="trained: the weights in full precision; served: through the backend that serves them"
+    )
+    fresh: bool = Field(False, description="ask again what was asked before; needs a reason")
+    reason: str = Field("", max_length=500, description="why it is asked again; kept in the audit trail")
+    run: ExaminationSettings = Field(default_factory=ExaminationSettings, description="how the items are asked")
+
+
+def ask_examination(workspace: Workspace, wish: ExamineWish, by: str) -> Job:
+    """Check everything that the wish names, write the job down with the versions that are meant now, and return it.
+
+    Raises:
+        NotThere: no such benchmark or version.
+        BadInput: a fresh examination without a reason, a split without items, damaged weights or items, or a version
+            that the chosen backend cannot serve; nothing was written down.
+    """
+    reason = wish.reason.strip()
+    if wish.fresh and not reason:
+        raise BadInput("Asking again what was asked before needs a reason, which the audit trail keeps. Write one.")
+    rows = [benchmarks.find(workspace, name) for name in wish.benchmarks]
+    for row in rows:
+        if not benchmarks.items_of(workspace, row, wish.split):
+            raise BadData(f"{benchmarks.title(row)} has no {wish.split} items. Choose the other split.")
+        benchmarks.kind_of(row)
+    found = [versions.by_name(workspace, name) for name in wish.versions]
+    for version in found:
+        refuse_damage(workspace, version)
+        if wish.on == "served":
+            choose_backend(workspace.settings.backend, *versions.weights(workspace, version))
+    meant = {"benchmarks": [benchmarks.title(row) for row in rows], "versions": [version.name for version in found]}
+    with workspace.write() as session:
+        job = Job(kind="examine", wish=wish.model_dump(mode="json") | meant, asked_by=by, stage="waiting for the clock")
+        session.add(job)
+        session.flush()
+        again = {"fresh": True, "reason": reason} if wish.fresh else {}
+        record(session, by, "job.asked", f"job:{job.id}", **meant, split=wish.split, on=wish.on, **again)
+    return job
 
 
 def cancel(workspace: Workspace, job_id: int, by: str) -> Job:

@@ -13,12 +13,13 @@ from clm_app.errors import ClmError, plain
 from clm_app.workspace import Workspace
 from jobs.bisection import Bisection
 from jobs.cycle import Cancelled, Cycle
+from jobs.examination import Examination
 from jobs.queue import Fenced, Queue
 from store.tables import Job, Run
 from store.tables._columns import now
 
 log = logging.getLogger(__name__)
-KINDS = {"learn": Cycle, "bisect": Bisection}  # who does a job of which kind
+KINDS = {"learn": Cycle, "examine": Examination, "bisect": Bisection}  # who does a job of which kind
 
 
 class Clock:
