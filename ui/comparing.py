@@ -180,12 +180,14 @@ def _paired(kind: str, settings: str, leaking: frozenset[str], before: Path, aft
     lines = _judging(leaking, before, after)
     if not lines:
         return None
-    parts = numpy.array([[made.parts(side) for side in pair] for pair in lines], float)  # (items, before or after, 2)
-    cells = [[values] for values in parts.reshape(len(lines), 4).T]  # numerator and denominator before, then after
-    figure = lambda v: v[..., 2] / v[..., 3] - v[..., 0] / v[..., 1]  # noqa: E731
-    return Value(
-        float(figure(parts.reshape(len(lines), 4).sum(axis=0))), *over_items(cells, lambda v: figure(v[..., 0]))
-    )
+    columns = numpy.array([[*made.parts(old), *made.parts(new)] for old, new in lines], float)  # (items, 4)
+
+    def change(sums):
+        """Return the value after less the value before. sums: (..., 4), numerator and denominator of each."""
+        return sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1]
+
+    ends = over_items([[column] for column in columns.T], lambda drawn: change(drawn[..., 0]))
+    return Value(float(change(columns.sum(axis=0))), *ends)
 
 
 def _benchmark_flips(
@@ -193,7 +195,7 @@ def _benchmark_flips(
 ) -> list[dict[str, Any]]:
     """Return the items of a benchmark scored in shares whose score is another now, lost ones first."""
     files = _outcome_files(workspace, then, now) if now.unit.startswith("share") else None
-    if not files:
+    if not files or benchmark.kind not in shelf(SHELF):
         return []
     prompts = _prompts(workspace.objects.path(benchmark.object) / f"{now.split}.jsonl")
     has_replies = kind_of(benchmark).asks == "text"

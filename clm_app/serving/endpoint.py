@@ -10,7 +10,6 @@ import ipaddress
 import json
 import time
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -41,23 +40,20 @@ class Endpoint(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, value: str) -> str:
-        parts = urlsplit(value.strip())
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.query
-            or parts.fragment
-        ):
+        try:
+            url = httpx.URL(value.strip())  # the parser that will send decides what the host is
+        except httpx.InvalidURL as err:
+            raise ValueError(f"it is no address ({err})") from err
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
             raise ValueError("an address such as http://127.0.0.1:8000/v1 is needed, without a name, a query or a #")
-        return value.strip().rstrip("/").removesuffix("/chat/completions")
+        return str(url).rstrip("/").removesuffix("/chat/completions")
 
     @model_validator(mode="after")
     def _stays_here_unless_said(self) -> Endpoint:
-        if not self.outside and not is_here(urlsplit(self.base_url).hostname or ""):
+        host = httpx.URL(self.base_url).host
+        if not self.outside and not is_here(host):
             raise ValueError(
-                f"{urlsplit(self.base_url).hostname} is not this machine, and prompts sent there leave it. "
-                "Set outside to true if that is meant"
+                f"{host} is not this machine, and prompts sent there leave it. Set outside to true if that is meant"
             )
         return self
 
