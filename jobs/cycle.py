@@ -33,7 +33,7 @@ from clm_app.strategies._combined import choose, part_of
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
 from jobs.judgement import MAIN, Judgement, measurement
-from jobs.queue import Queue
+from jobs.queue import Cancelled, Queue
 from store.db import record
 from store.tables import Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
 from store.tables._columns import now
@@ -41,10 +41,6 @@ from store.tables._columns import now
 ATTEMPTS = 3  # children tried for one run; each goes on from the last checkpoint
 BEAT_S = 1.0
 NAIVE = "naive"
-
-
-class Cancelled(Exception):
-    """A person asked the job to stop."""
 
 
 class Cycle:
@@ -138,8 +134,23 @@ class Cycle:
         if track != MAIN:
             return Choice(NAIVE, {}, ""), known
         choice = choose(self.wish.strategy, self.wish.strategy_settings, known)
+        if self.is_routed_by_repair(parent) and part_of(choice.strategy).weights_kind != "routed":
+            choice = Choice("adapters", {}, (
+                f"Task adapters: {parent.name} was repaired by keeping weights of its own for a task, and {choice.strategy} "
+                "cannot go on from that."
+            ))  # fmt: skip
         part_of(choice.strategy).refuse_situation(known)
         return choice, known
+
+    def is_routed_by_repair(self, version: Version) -> bool:
+        """Say whether a version, or one it stands on, has weights of its own for a task only since it was repaired."""
+        with self.workspace.read() as session:
+            while version.kind == "routed":
+                run = session.get_one(Run, version.run_id)
+                if (run.figures.get("repair") or {}).get("rung") == "route" and run.strategy != "adapters":
+                    return True
+                version = session.get_one(Version, version.parent_id)
+        return False
 
     def method_for(self, track: str, choice: Choice, parent: Version) -> str:
         """Return the way to tune: as asked, else what fits size and strategy; a comparison is tuned as the main track."""
@@ -186,6 +197,10 @@ class Cycle:
             ]  # fmt: skip
             probes = made_probes(self.workspace.settings.probes)
             unread = [p.name for p in probes if not is_read(session, parent.id, p.name, p.ruler)]
+            answered = {
+                str(s.id): self.workspace.objects.path(found.object) for s, _ in seen
+                if (found := measurement(session, parent.id, s.id)) is not None
+            }  # fmt: skip
         base, adapter = versions.weights(self.workspace, parent)
         method, way = pick("clm_app.methods", run.method), part_of(run.strategy)
         knobs = self.wish.training
@@ -211,6 +226,9 @@ class Cycle:
             strategy=run.strategy, strategy_settings=run.settings["strategy"], method=run.method,
             method_settings=run.settings["method"], training=knobs, threads=self.workspace.settings.threads,
             before=[self.exam(s, t, "test") for s, t in unmeasured],
+            gate=self.wish.gate.model_dump(), repair=self.wish.repair.model_dump() if run.track == MAIN else None,
+            live_outcomes=answered, search={str(s.id): self.split_file(s, "validation") for s, _ in seen},
+            taught=[(t.name, self.split_file(s, "train")) for s, t in seen],
             after=[self.exam(taken, seen[-1][1], "validation"), *(self.exam(s, t, "test") for s, t in seen)],
             probes={p.name: p.settings.model_dump(mode="json") for p in probes}, probes_before=unread,
         )  # fmt: skip

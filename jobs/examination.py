@@ -104,7 +104,7 @@ def examine(
     if unheard := [one for one in asked if heard[one.key] is None]:
         _sit(workspace, spawn, unheard, beat)
         heard |= {one.key: _kept(workspace, one) for one in unheard}
-    found = [_reading(workspace, one, heard[one.key], by) for one in asked]
+    found = [_reading(workspace, one, heard[one.key], by, since) for one in asked]
     for one in unheard:
         for file in _folder(workspace).glob(f"{one.key}.*"):
             file.unlink()
@@ -239,7 +239,9 @@ def _kept(workspace: Workspace, one: Asked) -> Heard:
     return Heard(workspace.objects.put(file), float(file.with_suffix(".seconds").read_text()))
 
 
-def _reading(workspace: Workspace, one: Asked, heard: Heard, by: str) -> BenchmarkReading:
+def _reading(
+    workspace: Workspace, one: Asked, heard: Heard, by: str, since: datetime | None = None
+) -> BenchmarkReading:
     """Return the reading that these outcomes give with the items that may judge now; it is written where it is new.
 
     Raises:
@@ -264,7 +266,8 @@ def _reading(workspace: Workspace, one: Asked, heard: Heard, by: str) -> Benchma
             ).order_by(BenchmarkReading.id.desc())
         ).first()  # fmt: skip
         # Leaks are only ever added to, so that equal numbers are the same items.
-        if same and same.figures["left_out"] == left_out:
+        is_of_now = same and (since is None or aware(same.created_at) >= aware(since))
+        if is_of_now and same.figures["left_out"] == left_out:
             return same
         kind = shelf.kind_of(one.row)
         reading = BenchmarkReading(

@@ -12,7 +12,8 @@ from sqlmodel import Session, select
 
 from clm_app.catalog import shelf
 from clm_app.errors import BadModel
-from clm_app.judging import approval
+from clm_app.judging import approval, parity
+from clm_app.judging import benchmarks as shelf_of_benchmarks
 from clm_app.judging.gate import Floor, Noise, Pair, Verdict, judge, pair
 from clm_app.probes._base import SHELF, Probe
 from clm_app.provenance import code_version
@@ -21,9 +22,21 @@ from clm_app.registry.versions import lineage
 from clm_app.situations import refuse_damage
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
+from jobs.examination import examine
 from jobs.queue import Queue
 from store.db import record
-from store.tables import Decision, Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
+from store.tables import (
+    Benchmark,
+    BenchmarkReading,
+    Decision,
+    Job,
+    Measurement,
+    ProbeReading,
+    Run,
+    Snapshot,
+    Task,
+    Version,
+)  # fmt: skip
 
 MAIN = "main"
 
@@ -117,8 +130,24 @@ class Judgement:
         )  # fmt: skip
 
     def benchmarks(self) -> list[Pair]:
-        """Return every benchmark that this job holds its candidates to, as parent and candidate answered it."""
-        return []
+        """Return every benchmark that this job holds its candidates to, as parent and candidate answer it when served."""
+        if not self.wish.benchmarks:
+            return []
+        rows = [shelf_of_benchmarks.find(self.workspace, name) for name in self.wish.benchmarks]
+        before, after = (
+            examine(self.workspace, self.spawn, version, rows, "test", "served", lambda stage, _: self.beat(f"gate: {stage}"))
+            for version in (self.parent, self.version)
+        )
+        return [self._of_benchmark(*one) for one in zip(rows, before, after, strict=True)]
+
+    def _of_benchmark(self, row: Benchmark, before: BenchmarkReading, after: BenchmarkReading) -> Pair:
+        kind = shelf_of_benchmarks.kind_of(row)
+        return pair(
+            shelf_of_benchmarks.title(row), *(self.workspace.objects.path(found.object) for found in (before, after)),
+            margin_points=kind.margin_points, lower_is_better=kind.lower_is_better, is_share=kind.unit.startswith("share"),
+            left_out=shelf_of_benchmarks.clean_items(self.workspace, row, "test").left_out,
+            bound_to={"benchmark": row.object, "before": before.object, "after": after.object},
+        )  # fmt: skip
 
     def blocked(self, verdict: Verdict) -> Verdict:
         """Return the verdict, or a refusal where the stored weights are damaged or the served artefact differs."""
@@ -127,7 +156,14 @@ class Judgement:
             refuse_damage(self.workspace, self.version)
         except BadModel as err:
             return _block(verdict, f"Refused: {err}")
-        return verdict
+        if not self.wish.check_served:
+            return verdict
+        reading = parity.check(
+            self.workspace, self.spawn, self.version, lambda stage, _: self.beat(f"gate: as served, {stage}")
+        )
+        if reading.verdict == "differs":
+            return _block(verdict, f"Refused: what would be served is not what was trained. {reading.sentence}")
+        return verdict.model_copy(update={"evidence": verdict.evidence | {"served": reading.sentence}})
 
     # --- what is decided ----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,10 @@ from store.tables import Job
 from store.tables._columns import now
 
 
+class Cancelled(Exception):
+    """A person asked the job to stop."""
+
+
 class Fenced(RuntimeError):
     """Another worker has taken this job over; this one must stop without writing."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clm_app.data.rows import Row
     from clm_app.engine.repairing import Climb
 
+SHELF = "clm_app.repairs"
 LADDER = ("interpolate", "depth", "intruders", "merge", "average", "route", "retrain")  # cheapest first
 
 

@@ -81,8 +81,8 @@ class Adapters(Strategy):
     def refuse(self, order: Order) -> None:
         """Refuse a parent that is neither a bare base nor such a set."""
         super().refuse(order)
-        is_learned = order.root is not None and order.base != order.root
-        if is_learned or (order.adapter is not None and not is_routed(order.adapter)):
+        is_learned = order.adapter is not None or (order.root is not None and order.base != order.root)
+        if is_learned and not is_routed(order.adapter):  # a routed one may stand on any base: repair leaves it so
             raise BadSettings(
                 "The version to start from holds what it learned in one set of weights, and task adapters stand on a bare "
                 "base. Start from v0 or from a version learned with task adapters, or choose strategy replay."
