@@ -10,7 +10,9 @@ bins of equal width would leave most items of a sure model in one. It stands too
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -43,7 +45,7 @@ class Calibration(Kind):
         need_choices(item)
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score (Brier), confidence (0..1), right and said (the likeliest choice, the first of equals)."""
+        """Return item, score (Brier), confidence (0..1), right and text (the likeliest choice, the first of equals)."""
         lengths = heard.choice_tokens if self.settings.likelihood == "per_token" else [1] * len(heard.choices)
         shares = _softmax([-nats / length for nats, length in zip(heard.choices, lengths, strict=True)])
         is_right = [choice in item.answers for choice in item.choices]
@@ -53,17 +55,23 @@ class Calibration(Kind):
         place = max(range(len(shares)), key=shares.__getitem__)
         return {
             "item": item.key, "score": round((rights - 1) ** 2 + wrongs, 9), "confidence": round(shares[place], 9),
-            "right": is_right[place], "said": item.choices[place],
+            "right": is_right[place], "text": item.choices[place],
         }  # fmt: skip
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return ece, accuracy, confidence (means), and reliability: [{items, from, to, confidence, accuracy}]."""
         ordered = sorted(outcomes, key=lambda one: one["confidence"])
-        bins = min(self.settings.bins, len(ordered))
-        ends = [i * len(ordered) // bins for i in range(bins + 1)]
-        table = [_bin(ordered[first:end]) for first, end in zip(ends, ends[1:], strict=False)]
+        table = [
+            _bin(ordered[first:end]) for first, end in pairwise(self._ends([one["confidence"] for one in ordered]))
+        ]
         gap = sum(row["items"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(ordered)
         return {"ece": gap, **{name: _bin(ordered)[name] for name in ("accuracy", "confidence")}, "reliability": table}
+
+    def _ends(self, confidences: list[float]) -> list[int]:
+        """Return where bins begin and end; items that are equally sure share one, so that no order of theirs decides."""
+        count, bins = len(confidences), min(self.settings.bins, len(confidences))
+        ends = (bisect_right(confidences, confidences[i * count // bins - 1]) for i in range(1, bins + 1))
+        return sorted({0, *ends})
 
 
 def _bin(members: Sequence[dict]) -> dict:

@@ -50,7 +50,7 @@ class Classification(Kind):
             need_choices(item)
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score, class (the right one), names (what the class is called in a reply) and said."""
+        """Return item, score, class (the right one), names (what the class is called in a reply) and text."""
         if self.asks == "choices":
             per_token = self.settings.by == "likelihood_per_token"
             place = likeliest(heard.choices, heard.choice_tokens if per_token else None)
@@ -59,14 +59,14 @@ class Classification(Kind):
             said = heard.text
         names = [normalised(answer) for answer in item.answers]
         score = float(normalised(said) in names)
-        return {"item": item.key, "score": score, "class": item.group, "names": names, "said": said}
+        return {"item": item.key, "score": score, "class": item.group, "names": names, "text": said}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return macro_f1, per_class {class: {items, precision, recall, f1}} and confusion {right: {said: items}}."""
         classes = {name: outcome["class"] for outcome in outcomes for name in outcome["names"]}
         confusion: dict[str, Counter[str]] = {}
         for outcome in outcomes:
-            said = outcome["class"] if outcome["score"] else classes.get(normalised(outcome["said"]), OTHER)
+            said = outcome["class"] if outcome["score"] else classes.get(normalised(outcome["text"]), OTHER)
             confusion.setdefault(outcome["class"], Counter())[said] += 1
         each = {name: _class(name, confusion) for name in sorted(confusion)}
         return {

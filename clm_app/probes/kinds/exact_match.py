@@ -51,7 +51,7 @@ class ExactMatch(Kind):
             )
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score, exact; by letters loss (summed nats) and tokens of the answer, by words what was said."""
+        """Return item, score, exact; by letters loss (summed nats) and tokens of the answer, by words the text."""
         if self.asks == "answer":
             told = {"loss": round(heard.nats, 6), "tokens": heard.tokens}
             return {
@@ -62,7 +62,7 @@ class ExactMatch(Kind):
             } | told
         right = normalised(heard.text) in map(normalised, item.answers)
         exact = heard.text in item.answers
-        return {"item": item.key, "score": float(right), "exact": exact, "class": item.label, "said": heard.text}
+        return {"item": item.key, "score": float(right), "exact": exact, "class": item.label, "text": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return exact (share, to the letter), per_class, and by letters answer_loss (nats per token)."""

@@ -65,9 +65,9 @@ class FormatKeeping(Kind):
             compiled(rules.pattern, capitals=True)
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score, broken (names of rules), class and said."""
+        """Return item, score, broken (names of rules), class and text."""
         broken = list(_broken(self._rules(item), heard.text.strip()))
-        return {"item": item.key, "score": float(not broken), "broken": broken, "class": item.label, "said": heard.text}
+        return {"item": item.key, "score": float(not broken), "broken": broken, "class": item.label, "text": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return broken {rule: replies that broke it} and per_class."""

@@ -33,9 +33,9 @@ class Latency(Kind):
     Settings = LatencySettings
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score (seconds), first_s (None: not known), tokens (of the reply) and said."""
+        """Return item, score (seconds), first_s (None: not known), tokens (of the reply) and text."""
         return {"item": item.key, "score": heard.seconds, "first_s": heard.first_s or None,
-                "tokens": heard.completion_tokens, "said": heard.text}  # fmt: skip
+                "tokens": heard.completion_tokens, "text": heard.text}  # fmt: skip
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return p50_s, p95_s, first_p50_s, first_p95_s (None where not known), tokens_per_s (None without seconds) and

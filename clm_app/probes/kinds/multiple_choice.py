@@ -42,7 +42,7 @@ class MultipleChoice(Kind):
         need_choices(item)
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score, said (the choice), right {way: bool} and lead (nats; by how much the right one is likelier)."""
+        """Return item, score, text (the choice), right {way: bool} and lead (nats; by how much the right one is likelier)."""
         lengths = {"total": None, "per_byte": [len(c.encode()) for c in item.choices], "per_token": heard.choice_tokens}
         chosen = {way: likeliest(heard.choices, lengths[way]) for way in WAYS}
         right = {way: place is not None and item.choices[place] in item.answers for way, place in chosen.items()}
@@ -51,7 +51,7 @@ class MultipleChoice(Kind):
                  for is_right in (True, False)}  # fmt: skip
         return {
             "item": item.key, "score": float(right[self.settings.likelihood]), "class": item.label,
-            "said": "" if place is None else item.choices[place], "right": right,
+            "text": "" if place is None else item.choices[place], "right": right,
             "lead": round(min(split[False], default=0.0) - min(split[True]), 6),
         }  # fmt: skip
 

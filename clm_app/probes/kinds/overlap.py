@@ -42,13 +42,13 @@ class Overlap(Kind):
         need_answer(item)
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score (0..1, of the nearest right answer or of all together, as the measure has it), expected, said."""
+        """Return item, score (0..1, of the nearest right answer or of all together, as the measure has it), expected, text."""
         score = getattr(self, f"_{self.settings.score}")(heard.text, item.answers)
-        return {"item": item.key, "score": score, "expected": list(item.answers), "said": heard.text}
+        return {"item": item.key, "score": score, "expected": list(item.answers), "text": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return rouge_l (mean), bleu and chrf over all items together (0..1), and the two signatures of sacrebleu."""
-        said, expected = [one["said"] for one in outcomes], [one["expected"] for one in outcomes]
+        said, expected = [one["text"] for one in outcomes], [one["expected"] for one in outcomes]
         columns = [[e[i] if i < len(e) else None for e in expected] for i in range(max(map(len, expected)))]
         bleu, chrf = self._sacrebleu(is_corpus=True)
         return {

@@ -66,10 +66,10 @@ class Regression(Kind):
             )
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score, expected and number (None: unreadable), and said."""
+        """Return item, score, expected and number (None: unreadable), and text."""
         right, number = self._number(item.answers[0], "only"), self._number(heard.text, self.settings.which)
         score = 0.0 if number is None else self._score(abs(number - right), self._tolerance(item, right))
-        return {"item": item.key, "score": score, "expected": right, "number": number, "said": heard.text}
+        return {"item": item.key, "score": score, "expected": right, "number": number, "text": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return unreadable (replies without a number), mean_absolute_error and r2; None where nothing can be said."""

@@ -65,9 +65,9 @@ class Structured(Kind):
                 )
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score, fault (empty; json, schema or value: the first that failed) and said."""
+        """Return item, score, fault (empty; json, schema or value: the first that failed) and text."""
         fault = self._fault(item, heard.text)
-        return {"item": item.key, "score": float(not fault), "fault": fault, "said": heard.text}
+        return {"item": item.key, "score": float(not fault), "fault": fault, "text": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return is_json and fits_schema: shares of all replies."""
@@ -115,6 +115,9 @@ def _validator(schema: str):
 
 def _refuse_unusable(schema: dict, item: BenchmarkItem) -> None:
     from jsonschema.exceptions import SchemaError
+    from referencing import Registry, Resource
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
 
     if outside := [place for place in _references(schema) if not place.startswith("#")]:
         raise BadData(
@@ -126,6 +129,15 @@ def _refuse_unusable(schema: dict, item: BenchmarkItem) -> None:
         validator.check_schema(schema)
     except SchemaError as err:
         raise BadData(f"The schema of {shown(item)} is no JSON Schema: {err.message}. Correct it.") from err
+    whole = Resource.from_contents(schema, default_specification=DRAFT202012)
+    resolver = Registry().with_resource(whole.id() or "", whole).resolver(whole.id() or "")
+    for place in _references(schema):
+        try:
+            resolver.lookup(place)
+        except Unresolvable as err:
+            raise BadData(
+                f"The schema of {shown(item)} points to {place!r}, which is not in it. Add that part, or correct the place."
+            ) from err
 
 
 def _references(part: object) -> Iterator[str]:

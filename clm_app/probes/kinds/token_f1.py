@@ -38,11 +38,11 @@ class TokenF1(Kind):
         need_answer(item)
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
-        """Return item, score (F1 to the nearest right answer), exact (the same words), class and said."""
+        """Return item, score (F1 to the nearest right answer), exact (the same words), class and text."""
         said = self._counted(heard.text)
         rights = [self._counted(answer) for answer in item.answers]
         score = max(1.0 if said == right else token_f1(said, right) for right in rights)
-        return {"item": item.key, "score": score, "exact": said in rights, "class": item.label, "said": heard.text}
+        return {"item": item.key, "score": score, "exact": said in rights, "class": item.label, "text": heard.text}
 
     def figures(self, outcomes: Sequence[dict]) -> dict:
         """Return exact (share of replies with the same words) and per_class."""
