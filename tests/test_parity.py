@@ -494,13 +494,23 @@ def test_each_bound_is_turned_and_seen():
     assert figures["log_probability"] == pytest.approx(np.log(0.3 * 8)) and figures["top1"] == 1.0
     wide = {"log_probability": 9, "divergence": 9, "top1": 0, "top5": 0, "answer": 9, "replies": 0}
     tight = {"log_probability": 0, "divergence": 0, "top1": 1, "top5": 1, "answer": 0, "replies": 1}
-    assert beyond(figures, parity.Bounds(**wide)) == {}
+    out = lambda found, **changes: set(beyond(found, parity.Bounds(**wide | changes), 40, 0.05))  # noqa: E731
+    assert out(figures) == set()
     for name in set(wide) - {"top1", "top5"}:
-        assert set(beyond(figures, parity.Bounds(**wide | {name: tight[name]}))) == {name}
+        assert out(figures, **{name: tight[name]}) == {name}
     other_way = apart([other], [other[::-1]])
-    assert other_way["top1"] == 0.0 and "top1" in beyond(other_way, parity.Bounds(**wide | {"top1": 0.5}))
+    assert other_way["top1"] == 0.0 and out(other_way, top1=0.5) == {"top1"}
     assert apart([np.log(np.arange(1, 9) / 36)], [np.log(np.arange(8, 0, -1) / 36)])["top5"] == pytest.approx(0.4)
+    assert out({"top5": 0.8}, top5=0.81) == {"top5"}
+    assert out({"log_probability": float("nan")}) == {"log_probability"}, "no number is out of any bound"
     assert set(OWN_ROUNDING) == {"float32", "half", "q8", "q4"} <= set(ParitySettings.model_fields)
+
+
+def test_one_prompt_of_ten_is_no_proof_and_fifteen_of_a_hundred_are():
+    bounds = ParitySettings().q8
+    assert bounds.top1 == 0.93 and beyond({"top1": 0.9}, bounds, 10, 0.05) == {}
+    assert beyond({"top1": 0.85}, bounds, 100, 0.05) == {"top1": {"is": 0.85, "bound": 0.93}}
+    assert beyond({"replies": 0.3}, bounds, 10, 0.05) == {"replies": {"is": 0.3, "bound": 0.75}}
 
 
 def test_scores_block_what_is_hurt_and_let_pass_what_is_too_few_to_tell():
@@ -563,6 +573,7 @@ def test_a_check_is_written_down_once_and_read_back_over_the_api(workspace, base
 
 
 def test_a_reading_holds_for_its_weights_backend_and_settings_alone(workspace):
+    workspace.settings.backend = "transformers"
     version = versions.base_version(workspace)
     order = parity.order_for(workspace, version)
     key = parity.key_of(version, order)

@@ -143,6 +143,9 @@ class _Comparison:
 
     # --- what comes out -----------------------------------------------------------------------------------------------
 
+    def _beyond(self, figures: dict[str, float]) -> dict[str, dict]:
+        return beyond(figures, self.bounds, len(self._asked), self.settings.alpha)
+
     @property
     def _asked(self) -> list[int]:
         """Places of the golden prompts that both sides take."""
@@ -181,10 +184,10 @@ class _Comparison:
             return Finding("not_a_number", "The served model computes infinities or no numbers at all, as weights beyond the "
                            "range of float16 do. Export in bfloat16 or float32.", {})  # fmt: skip
         self.figures |= apart(*firsts)
-        if out := beyond(self.figures, self.bounds):
+        if out := self._beyond(self.figures):
             return self._cause(model, there, out, "The first token of a reply is another one: ")
         self.figures |= self._further(model)
-        if out := beyond(self.figures, self.bounds):
+        if out := self._beyond(self.figures):
             return self._cause(model, there, out, "The first tokens agree and later ones do not: ")
         if found := self._in_reply_texts():
             return found
@@ -285,7 +288,7 @@ class _Comparison:
         figures = apart(singles, there.singles)
         top1 = self.figures["top1"]
         evidence = {"after_one_token": figures}
-        if not beyond(figures, self.bounds):
+        if not self._beyond(figures):
             if "answer" in self.figures:
                 return Finding("cache", "The prompt is read as in training and what follows is not: the cache of keys "
                                "and values, or positions after the prompt, are wrong. Take another backend.", evidence)  # fmt: skip

@@ -233,15 +233,29 @@ def is_likeliest(log_probabilities: NDArray, token: int) -> bool:
     return bool(log_probabilities[token] >= log_probabilities.max() - TIE)
 
 
-def beyond(figures: dict[str, float], bounds: Bounds) -> dict[str, dict]:
-    """Return {figure: {is, bound}} of those that are out of their bounds."""
-    told = bounds.model_dump()
-    at_least = ("top1", "top5", "replies")
-    return {
-        name: {"is": round(value, 6), "bound": told[name]}
-        for name, value in figures.items()
-        if name in told and (value < told[name] if name in at_least else not value <= told[name])
-    }
+def beyond(figures: dict[str, float], bounds: Bounds, prompts: int, alpha: float) -> dict[str, dict]:
+    """Return {figure: {is, bound}} of those that are out of their bounds.
+
+    A share of `prompts` is out where so few would agree with a chance below alpha if the bound were the true share: one
+    of ten prompts says little.
+    """
+    told, out = bounds.model_dump(), {}
+    for name in figures.keys() & told.keys():
+        value, bound = figures[name], told[name]
+        if name in ("top1", "replies"):
+            is_out = value < bound and at_most(round(value * prompts), prompts, bound) < alpha
+        else:
+            is_out = value < bound if name == "top5" else not value <= bound  # no number is out of any bound
+        if is_out:
+            out[name] = {"is": round(value, 6), "bound": bound}
+    return out
+
+
+def at_most(count: int, of: int, share: float) -> float:
+    """Return the chance that at most `count` of so many agree where each does with probability `share`."""
+    from scipy.stats import binom
+
+    return float(binom.cdf(count, of, share))
 
 
 class Score(NamedTuple):
