@@ -35,14 +35,14 @@ from clm_app.errors import BadSettings
 from clm_app.events import Measured, Repairing, Trained
 from clm_app.judging.gate import GateSettings, Verdict, judge, pair
 from clm_app.probes._base import made as made_probes
-from clm_app.repairs._base import RepairSettings, Rung
+from clm_app.repairs._base import SHELF, RepairSettings, Rung
 from store.objects import sync
 
 if TYPE_CHECKING:
     from clm_app.engine.loop import Engine
 
-SHELF = "clm_app.repairs"
-TRAINING_PASSES = 2  # what a token costs in training, in forward passes: 3 by operations, but a step is in bfloat16
+TRAINING_PASSES = 1.6  # what a token costs in training, in forward passes: 3 by operations, but a step is in bfloat16
+FOR_A_ROUTER = 0.25  # of the budget is left to one that is still to come: reading words is work, too, and not counted
 SVD_PASSES = 10  # of a weight, in forward passes of a token for each of its columns: about 20 m n min(m, n) operations
 LEAST_ROWS = 30  # of a task, however small the budget: fewer bound nothing
 ROUNDS = 3  # searches after one another, where the place that the worst task allows breaks another task's bound
@@ -157,8 +157,8 @@ class Climb:
         except BadSettings as err:
             told |= {"outcome": "refused", "reason": str(err)}
         except OutOfBudget:
-            told |= {"outcome": "out of budget", "reason": f"The search may compute "
-                     f"{self.settings.most_share_of_training:.0%} of what the training did, and has."}  # fmt: skip
+            told |= {"outcome": "out of budget", "reason": f"A search in the weights may compute {self.budget:.0%} of what "
+                     "the training did, and has."}  # fmt: skip
         return None
 
     def _refuse(self, rung: Rung) -> None:
@@ -254,6 +254,7 @@ class Climb:
     def _result(self, rung: Rung, measured: list[Measured]) -> dict:
         told = self.tried[-1]
         certificate = {name: told[name] for name in ("coefficients", "bounds", "gain_left", "residual", "test")} | {
+            "sentence": self._sentence(rung, told["coefficients"]), "test_looks": self.settings.most_test_looks,
             "tolerance": self.held_out.tolerance, "alpha": self.held_out.alpha, "least_gain": self.settings.least_gain,
             **{unit: round(sum(one[unit] for one in self.tried), 3) for unit in ("seconds", "cpu_seconds", "cost_share")},
             "seconds_of_training": self.done.figures["seconds"],
@@ -263,6 +264,15 @@ class Climb:
             "folder": str(self.folder / "weights"), "certificate": certificate,
             "measured": [one.model_dump() for one in measured],
         }  # fmt: skip
+
+    def _sentence(self, rung: Rung, coefficients: dict) -> str:
+        """Return what was done, in words."""
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in coefficients.items())
+        rows = min(bound.items for bound in self.held_out.bounds.values())
+        return (
+            f"{rung.title} ({said}): on {rows} validation rows of each past task its loss rises by no more than "
+            f"{self.held_out.tolerance:g} nats per token, and {self.held_out.left:.0%} of what was learned is left."
+        )
 
     # --- what rungs search with ---------------------------------------------------------------------------------------
 
@@ -456,8 +466,7 @@ class Climb:
         """Return as many rows of each task as the setting says and the budget bears: all of them are read about twice."""
         trained, knobs = self.done.figures, self.engine.knobs
         a_row = max(1.0, trained["tokens"] / (trained["steps"] * knobs.batch_rows))
-        budget = self.settings.most_share_of_training * self.tokens_of_training
-        count = int(budget / (a_row * 2 * (len(self.whole) + self.settings.halvings)))
+        count = int(self.budget * self.tokens_of_training / (a_row * 2 * (len(self.whole) + self.settings.halvings)))
         count = max(LEAST_ROWS, min(self.settings.val_rows, count))
         rng = random.Random(f"{knobs.seed}/repair")
         return {task: rng.sample(rows, min(count, len(rows))) for task, rows in self.whole.items()}
@@ -492,9 +501,15 @@ class Climb:
         return TRAINING_PASSES * max(1, self.done.figures["tokens"])
 
     @property
+    def budget(self) -> float:
+        """Most that rungs in the weights may compute, as a share of the training."""
+        is_router_tried = any(pick(SHELF, name).is_last_resort for name in self.settings.rungs)
+        return self.settings.most_share_of_training * (1 - FOR_A_ROUTER * is_router_tried)
+
+    @property
     def budget_left(self) -> float:
-        """Share of the training that the search may still compute; 0 or less: nothing."""
-        return self.settings.most_share_of_training - (self.tokens - self.tokens_of_looks) / self.tokens_of_training
+        """What is left of it; 0 or less: nothing."""
+        return self.budget - (self.tokens - self.tokens_of_looks) / self.tokens_of_training
 
     def _afford(self) -> None:
         if self.budget_left <= 0:
