@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from clm_app import routes
 from clm_app.catalog import shelf
+from clm_app.data.ingest import snapshot
 from clm_app.data.rows import Row, dump
 from clm_app.data.template import rendered
 from clm_app.engine.parity import compare
@@ -521,6 +522,9 @@ def test_scores_block_what_is_hurt_and_let_pass_what_is_too_few_to_tell():
     assert few.hurt == [] and not few.is_kept, "two of forty may be chance, and exclude nothing"
     many = scored([Score.of(task, right * 2, right * 2) for task in ("Colours", "Animals")], FEW)
     assert many.hurt == [] and many.is_kept
+    lost = [Score.of("Colours", right, [*wrong[:8], *right[8:]])]
+    assert scored(lost, FEW.model_copy(update={"margin_points": 25.0})).hurt == [], "within the margin"
+    assert scored(lost, FEW.model_copy(update={"alpha": 0.001})).hurt == [], "eight flips may be chance at that level"
     spread = [Score.of(f"task {n}", right, [*wrong[:3], *right[3:]]) for n in range(5)]
     assert [one.task for one in scored(spread, FEW).hurt] == ["all tasks"], (
         "each alone may be chance, together they are not"
@@ -547,6 +551,11 @@ def test_golden_prompts_are_drawn_by_the_seed_and_bounded_by_the_settings(held_o
     longest = Message.model_validate(goldens[-1].messages[0].model_dump()).content
     size = len(tokenizer.encode(longest))
     assert 60 <= size <= 128
+    length = lambda **knobs: len(tokenizer.encode(goldens_of(  # noqa: E731
+        tokenizer, {}, knobs.pop("context", 128), FEW.model_copy(update=knobs))[0][-1].messages[0].content))  # fmt: skip
+    assert length(context=64) < length() and length(reply_tokens=60) < length(), "room for the reply is left"
+    rows = lambda **knobs: sum(map(len, drawn(held_out, FEW.model_copy(update=knobs)).values()))  # noqa: E731
+    assert (rows(), rows(scored_rows=20), rows(scored_rows=0)) == (12, 20, 4), "golden prompts are drawn all the same"
     with pytest.raises(ValidationError):
         ParitySettings(prompts=3)
 
@@ -572,7 +581,7 @@ def test_a_check_is_written_down_once_and_read_back_over_the_api(workspace, base
     assert event.subject == f"version:{version.id}" and event.detail["reading"] == reading.id
 
 
-def test_a_reading_holds_for_its_weights_backend_and_settings_alone(workspace):
+def test_a_reading_holds_for_its_weights_backend_and_settings_alone(workspace, rows_file):
     workspace.settings.backend = "transformers"
     version = versions.base_version(workspace)
     order = parity.order_for(workspace, version)
@@ -583,6 +592,11 @@ def test_a_reading_holds_for_its_weights_backend_and_settings_alone(workspace):
         assert parity.key_of(version, other) != key
     assert parity.key_of(version.model_copy(update={"object": "other"}), order) != key
     assert order.digests == {str(order.served.base): version.base_digest} and order.served == order.trained
+    for name in ("One", "Two", "Three"):
+        snapshot(workspace, name, rows_file(20, name=f"{name}.jsonl"), "test")
+    assert list(parity.order_for(workspace, version).held_out) == ["Three", "Two", "One"]
+    workspace.settings.parity = {"most_tasks": 2}
+    assert list(parity.order_for(workspace, version).held_out) == ["Three", "Two"], "the newest ones"
     workspace.settings.parity = {"prompts": 1}
     with pytest.raises(BadSettings, match="prompts"):
         parity.check(workspace, spawn, version)
