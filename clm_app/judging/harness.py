@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 HERE_ALONE = "DISABLE_MULTIPROC"  # no processes of the harness's own beside this one
 RESAMPLES = 1000  # for the standard error of a figure that has no formula, such as BLEU; the harness's own 100,000 takes minutes
+SEED = 1234  # of the solved examples and of sampling; the harness's own
 
 
 class HarnessSettings(BaseModel):
@@ -78,22 +79,30 @@ def run(
 
 
 def _results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: HarnessSettings) -> dict:
-    from lm_eval.evaluator import simple_evaluate
+    import torch
+    from lm_eval.evaluator import evaluate  # not simple_evaluate: it starts a dozen programs to describe the machine
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    tasks = TaskManager(include_path=str(settings.folder), include_defaults=False)
-    if missing := [name for name in settings.tasks if name not in tasks.all_tasks]:
+    manager = TaskManager(include_path=str(settings.folder), include_defaults=False)
+    if missing := [name for name in settings.tasks if name not in manager.all_tasks]:
         raise BadSettings(
-            f"{missing[0]!r} is not among the tasks in {settings.folder}: {', '.join(tasks.all_tasks) or 'none'}. "
+            f"{missing[0]!r} is not among the tasks in {settings.folder}: {', '.join(manager.all_tasks) or 'none'}. "
             "Choose one of these, or put its YAML file there."
         )
-    reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_rows)
     try:
-        return simple_evaluate(
-            reader, tasks=settings.tasks, task_manager=tasks, num_fewshot=settings.examples, limit=settings.most_items,
-            apply_chat_template=settings.chat, bootstrap_iters=RESAMPLES, log_samples=False,
-        )["results"]  # fmt: skip
+        loaded = manager.load(settings.tasks)
+        for task in loaded["tasks"].values():
+            given = task.get_config("num_fewshot") or 0
+            task.set_config(key="num_fewshot", value=given if settings.examples is None else settings.examples)
+            task.set_fewshot_seed(seed=SEED)
+        reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_rows)
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return evaluate(
+                reader, task_dict=loaded, limit=settings.most_items, apply_chat_template=settings.chat,
+                bootstrap_iters=RESAMPLES, log_samples=False,
+            )["results"]  # fmt: skip
     except (
         Exception
     ) as err:  # a task is a program of somebody else: whatever it raises, the person learns which and why
