@@ -259,15 +259,12 @@ def _reading(
             "benchmark of other items."
         )
     with workspace.write() as session:
-        same = session.exec(
-            select(BenchmarkReading).where(
-                BenchmarkReading.key == one.key, BenchmarkReading.version_id == one.version.id,
-                BenchmarkReading.object == heard.digest,
-            ).order_by(BenchmarkReading.id.desc())
-        ).first()  # fmt: skip
+        alike = (BenchmarkReading.key == one.key, BenchmarkReading.version_id == one.version.id,
+                 BenchmarkReading.object == heard.digest,
+                 *([BenchmarkReading.created_at >= since] if since else []))  # fmt: skip
+        same = session.exec(select(BenchmarkReading).where(*alike).order_by(BenchmarkReading.id.desc())).first()
         # Leaks are only ever added to, so that equal numbers are the same items.
-        is_of_now = same and (since is None or aware(same.created_at) >= aware(since))
-        if is_of_now and same.figures["left_out"] == left_out:
+        if same and same.figures["left_out"] == left_out:
             return same
         kind = shelf.kind_of(one.row)
         reading = BenchmarkReading(

@@ -60,10 +60,11 @@ def sit_all(sitting: Sitting, say: Callable) -> None:
         BadData: a paper has no item that fits the model.
         OutOfRoom: memory ran out.
     """
-    if sitting.on == "trained":
-        torch.set_num_threads(sitting.threads)
+    torch.set_num_threads(sitting.threads)
     candidate = (Trained if sitting.on == "trained" else Served)(sitting)
     for paper in sitting.papers:
+        if (sitting.folder / f"{paper.key}.jsonl").exists():
+            continue
         try:
             sit(paper, candidate, sitting.folder, say)
         except torch.OutOfMemoryError as err:
@@ -123,7 +124,7 @@ def _line(kind: Kind, item: BenchmarkItem, one: Found) -> dict:
         return {"item": item.key} | one.beside
     said = {"text": one.heard.text} if kind.asks == "text" else {}
     if one.heard.tokens:
-        said |= {"nats": round(one.heard.nats, 6), "tokens": one.heard.tokens}
+        said |= {"loss": round(one.heard.nats, 6), "tokens": one.heard.tokens}
     return said | one.beside | kind.outcome(item, one.heard)
 
 

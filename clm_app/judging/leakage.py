@@ -2,15 +2,14 @@
 
 A row's text is compared letter by letter, five at a time (Jaccard), and an item of five words or more is looked for inside
 longer rows, five words at a time (containment); 0.8 of the shingles make a near duplicate. Two texts that name other
-numbers are two questions. Source: shingles and their resemblance and containment, Broder 1997; that a pair at 0.8 must
-share one of an item's rarest shingles, so that few pairs are compared at all: Chaudhuri et al. 2006, ICDE (prefix filter).
+numbers are two questions. Source: shingles, their resemblance and containment: Broder 1997, "On the resemblance and
+containment of documents".
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -112,50 +111,58 @@ class Alike(NamedTuple):
 
 
 class Index:
-    """Some texts, asked for each of many others which of them it is alike. All texts are `plain` ones."""
+    """Some texts, asked for each of many others which of them it is alike. All texts are `plain` ones, and different."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.places = {text: place for place, text in enumerate(texts)}
-        self.numbers = [Counter(_NUMBER.findall(text)) for text in texts]
+        self.numbers = [_numbers(text) for text in texts]
         self.letters, self.words = _Shingles(map(letters, texts)), _Shingles(map(words, texts))
 
     def alike(self, text: str) -> Iterator[Alike]:
         """Yield every text of the index that this one is or nearly is, or that stands in it; each once."""
-        exact = self.places.get(text)
+        exact, numbers = self.places.get(text), _numbers(text)
         if exact is not None:
             yield Alike(exact, "exact", 1.0)
-        numbers, seen = Counter(_NUMBER.findall(text)), {exact}
-        shingles = letters(text)
-        for place, shared in self.letters.sharing(shingles):
-            closeness = shared / (len(shingles) + len(self.letters.sets[place]) - shared)
-            if closeness >= ALIKE and place not in seen and self.numbers[place] == numbers:
+        seen, shingles = {exact}, letters(text)
+        for place, shared in self.letters.sharing(shingles, of_both=True):
+            if place not in seen and self.numbers[place] == numbers:
                 seen.add(place)
-                yield Alike(place, "near", closeness)
-        for place, shared in self.words.sharing(words(text)):
-            closeness = shared / len(self.words.sets[place])
-            if closeness >= ALIKE and place not in seen and self.numbers[place] <= numbers:
-                yield Alike(place, "inside", closeness)
+                yield Alike(place, "near", shared / (len(shingles) + self.letters.sizes[place] - shared))
+        for place, shared in self.words.sharing(words(text), of_both=False):
+            if place not in seen and set(self.numbers[place]) <= set(numbers):
+                yield Alike(place, "inside", shared / self.words.sizes[place])
 
 
 class _Shingles:
-    """Sets of shingles, found by their rarest: one of so many is in every set that has 0.8 of them."""
+    """Sets of shingles, and for each shingle which of them have it."""
 
     def __init__(self, sets: Iterable[set[str]]) -> None:
-        self.sets = list(sets)
-        counts = Counter(shingle for one in self.sets for shingle in one)
-        self.having: dict[str, list[int]] = defaultdict(list)
-        for place, one in enumerate(self.sets):
-            rarest = sorted(one, key=lambda shingle: (counts[shingle], shingle))
-            for shingle in rarest[: len(one) - math.ceil(ALIKE * len(one)) + 1]:
-                self.having[shingle].append(place)
-        self.rare = set(self.having)
+        import numpy
 
-    def sharing(self, shingles: set[str]) -> Iterator[tuple[int, int]]:
-        """Yield (place, shingles in common) of every set that has 0.8 of its own in common with these."""
-        for place in {place for shingle in shingles & self.rare for place in self.having[shingle]}:
-            shared = len(shingles & self.sets[place])
-            if shared >= ALIKE * len(self.sets[place]):
-                yield place, shared
+        having: dict[str, list[int]] = defaultdict(list)
+        sizes = []
+        for place, one in enumerate(sets):
+            sizes.append(len(one) or numpy.inf)  # an empty set shares nothing with any
+            for shingle in one:
+                having[shingle].append(place)
+        self.sizes = numpy.array(sizes, float)
+        self.having = {shingle: numpy.array(places) for shingle, places in having.items()}
+
+    def sharing(self, shingles: set[str], of_both: bool) -> Iterator[tuple[int, int]]:
+        """Yield (place, shingles in common) of every set that has 0.8 in common: of its own, or of both together."""
+        import numpy
+
+        found = [places for shingle in shingles if (places := self.having.get(shingle)) is not None]
+        if not found:
+            return
+        shared = numpy.bincount(numpy.concatenate(found), minlength=len(self.sizes))
+        whole = self.sizes + (len(shingles) - shared if of_both else 0)
+        for place in numpy.nonzero(shared >= ALIKE * whole)[0].tolist():
+            yield place, int(shared[place])
+
+
+def _numbers(text: str) -> list[str]:
+    return sorted(_NUMBER.findall(text))
 
 
 def letters(text: str) -> set[str]:
