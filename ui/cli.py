@@ -13,8 +13,10 @@ from store.tables import Version
 from ui.parts.heat_map import said
 from ui.parts.words import moment, percent
 
-VERDICT_STYLE = {"promote": "green", "hold": "red", "inconclusive": "yellow"}
-STATE_STYLE = {"accepted": "green", "refused": "red", "candidate": "yellow", "base": "cyan"}
+VERDICT_STYLE = {"promote": "green", "hold": "red", "repair": "yellow", "inconclusive": "yellow"}
+STATE_STYLE = {
+    "accepted": "green", "refused": "red", "candidate": "yellow", "waiting": "yellow", "undecided": "yellow", "base": "cyan",
+}  # fmt: skip
 
 
 def matrix_table(matrix: Matrix, title: str = "What was kept") -> Table:

@@ -24,7 +24,19 @@ from clm_app.registry import versions
 from clm_app.strategies._combined import part_of
 from clm_app.workspace import Workspace
 from store.series import progress
-from store.tables import AuditEvent, Decision, Deployment, Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
+from store.tables import (
+    Approval,
+    AuditEvent,
+    Decision,
+    Deployment,
+    Job,
+    Measurement,
+    ProbeReading,
+    Run,
+    Snapshot,
+    Task,
+    Version,
+)
 from store.tables.work import ENDED
 
 NEWEST_JOBS = 20  # that a strategy's figures are taken from
@@ -47,6 +59,12 @@ def job(workspace: Workspace, job_id: int) -> Job:
     if found is None:
         raise NotThere(f"There is no job {job_id}. GET /api/jobs lists them.")
     return found
+
+
+def newest_job(workspace: Workspace, kind: str) -> Job | None:
+    """Return the newest job of a kind, or None."""
+    with workspace.read() as session:
+        return session.exec(select(Job).where(Job.kind == kind).order_by(Job.id.desc())).first()
 
 
 def job_in_view(workspace: Workspace, chosen: int | None = None) -> Job | None:
@@ -154,6 +172,42 @@ def decisions(workspace: Workspace, job_id: int) -> list[dict[str, Any]]:
         | {"version": names[d.version_id], "against": names.get(d.against_version_id), "task": task}
         for d, task in found
     ]
+
+
+def judgement(workspace: Workspace, version: Version) -> dict[str, Any]:
+    """Return what the gate decided on a version, oldest first, what people said of it, and the prompts of flipped items.
+
+    decisions, words: rows as plain values. prompts: {item: its prompt}; of a benchmark's items, and where rows are gone,
+    none.
+    """
+    with workspace.read() as session:
+        decisions = session.exec(select(Decision).where(Decision.version_id == version.id).order_by(Decision.id)).all()
+        words = session.exec(select(Approval).where(Approval.version_id == version.id).order_by(Approval.id)).all()
+    prompts: dict[str, str] = {}
+    for decision in decisions:
+        for line in (decision.evidence.get("new", {}), *decision.evidence.get("old", ())):
+            if digest := line.get("bound_to", {}).get("snapshot"):
+                prompts |= _prompts(workspace, digest)
+    return {"decisions": [d.model_dump(mode="json") for d in decisions],
+            "words": [w.model_dump(mode="json") for w in words], "prompts": prompts}  # fmt: skip
+
+
+def _prompts(workspace: Workspace, digest: str) -> dict[str, str]:
+    try:
+        return {row.key: row.prompt for row in _rows(workspace.objects.path(digest) / "test.jsonl")}
+    except (KeyError, OSError):
+        return {}
+
+
+def job_title(job: Job) -> str:
+    """Return what a job is, in a few words: "3 tasks, replay", "examination of v3"."""
+    wish = job.wish
+    if job.kind == "examine":
+        return f"{', '.join(wish['versions'])} before {', '.join(wish['benchmarks'])}"
+    if job.kind == "bisect":
+        return f"which update broke {wish['task']}"
+    tasks = len(wish.get("stream", []))
+    return f"{tasks} task{'s' * (tasks != 1)}, {wish.get('strategy', '')}"
 
 
 def reasons(workspace: Workspace, job_id: int) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ LEGEND = (
     ("live", "live"),
     ("accepted", "accepted"),
     ("candidate", "waiting for the gate"),
+    ("waiting", "waiting for approval"),
+    ("undecided", "undecided"),
     ("refused", "refused"),
     ("naive", "comparison without protection"),
     ("base", "base model"),

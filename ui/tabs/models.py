@@ -1,18 +1,21 @@
-"""Models: where each version came from, what it can do, what the gate said of it; put one live, or the one before."""
+"""Models: where each version came from, what it can do, what the gate said of it and what people say; put one live."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import gradio as gr
 
 from clm_app.data import withdrawal
 from clm_app.errors import BadInput, plain
+from clm_app.judging import approval
 from clm_app.registry import versions
 from ui import actions, questions
 from ui.parts.kept_rows import kept_rows
 from ui.parts.lineage import lineage
 from ui.parts.live import Live, drawing
+from ui.parts.verdict import verdict
 from ui.parts.version_card import version_card
-from ui.parts.with_without import with_without
 from ui.parts.words import card, moment, notice, table
 from ui.tabs._base import Tab
 
@@ -40,7 +43,7 @@ new MutationObserver(() => element.querySelectorAll('details').forEach(part => {
 
 
 class Models(Tab):
-    """The graph; beneath it the card of the chosen version, what can be done with it, a comparison, and what it keeps."""
+    """The graph; beneath it the card of the chosen version, its verdict, what can be done with it, and what it keeps."""
 
     title = "Models"
     order = 30
@@ -54,6 +57,7 @@ class Models(Tab):
                     self._names(), value=None, label="Version", info="or choose one in the graph", elem_id="clm-version"
                 )
                 self.card = drawing(elem_id="clm-version-card")
+                self.verdict = drawing(elem_id="clm-verdict")
             with gr.Column(scale=2, min_width=300):
                 self.reason = gr.Textbox(label="Reason", info="kept in the history and the audit trail", max_length=500)
                 with gr.Row():
@@ -66,12 +70,8 @@ class Models(Tab):
                         yes = gr.Button("Yes, make it live", variant="primary", elem_id="clm-yes")
                         no = gr.Button("No, change nothing", elem_id="clm-no")
                 self.answer = drawing(elem_id="clm-models-answer")
+                said = self._build_voices()
                 self.history = drawing()
-        with gr.Row(equal_height=True, elem_classes="clm-section"):
-            drawing("<h3>With and without</h3>", min_width=200)
-            self.before = gr.Dropdown(self._names(), value=None, label="Without", min_width=160, elem_id="clm-before")
-            self.after = gr.Dropdown(self._names(), value=None, label="With", min_width=160, elem_id="clm-after")
-        self.compared = drawing(elem_id="clm-compared")
         drawing("<h3>Kept rows</h3>", elem_classes="clm-section")
         self.kept = drawing(js_on_load=PICK + KEEP_OPEN, elem_id="clm-kept")
         with gr.Row(equal_height=True):
@@ -101,16 +101,38 @@ class Models(Tab):
             [self.answer, self.confirmation, self.reason],
             concurrency_id="deploy",
         )
-        return [picked, deployed, chosen, withdrawn]
+        return [picked, deployed, chosen, withdrawn, *said]
+
+    def _build_voices(self) -> list:
+        """Make what a named person can say of the chosen version's verdict; seen where there is something to say."""
+        with gr.Group(visible=False, elem_id="clm-voices") as self.voices:
+            self.asked = drawing()
+            self.by = gr.Textbox(label="Your name", info="kept in the audit trail", max_length=100, elem_id="clm-by")
+            self.why = gr.Textbox(
+                label="Why", info="needed to reject and to override", max_length=500, elem_id="clm-say-why"
+            )
+            with gr.Row():
+                self.buttons = {
+                    "approve": gr.Button("Approve", variant="primary", elem_id="clm-approve"),
+                    "reject": gr.Button("Reject", variant="stop", elem_id="clm-reject"),
+                    "override": gr.Button("Override the gate", variant="stop", elem_id="clm-override"),
+                }
+        self.spoken = drawing(elem_id="clm-say-answer")
+        return [
+            button.click(
+                partial(self._say, says), [self.version, self.by, self.why], [self.spoken, self.why],
+                concurrency_id="deploy",
+            ) for says, button in self.buttons.items()
+        ]  # fmt: skip
 
     def live(self) -> list[Live]:
-        """Return the graph, the choices, the card, the history, the comparison and the kept rows."""
+        """Return the choices, the graph, the card, the verdict, who has to speak, the history and the kept rows."""
         return [
             Live([self.version], self._choices, [self.version]),
             Live([self.graph, self.card], self._chosen, [self.version]),
             Live([self.history], self._history),
-            Live([self.before, self.after], self._pairs, [self.before, self.after]),
-            Live([self.compared], self._compare, [self.before, self.after]),
+            Live([self.verdict], self._verdict, [self.version]),
+            Live([self.voices, self.asked, *self.buttons.values()], self._voices, [self.version]),
             Live([self.kept], self._kept, [self.version]),
         ]
 
@@ -130,21 +152,37 @@ class Models(Tab):
         graph = lineage(versions.everything(self.workspace), live.id, version.name)
         return card("Lineage", graph, "parents to the left"), version_card(self.workspace, version, live.id)
 
-    def _pairs(self, before: str | None, after: str | None):
-        """Offer every version; before a choice is made, the live one beside the one learned without protection."""
-        names, now = self._names(), versions.live(self.workspace)
-        after = gr.update(choices=names) if after in names else gr.update(choices=names, value=now.name)
-        if before in names:
-            return gr.update(choices=names), after
-        return gr.update(choices=names, value=questions.counterpart(self.workspace, now)), after
+    def _verdict(self, chosen: str | None) -> str:
+        told = questions.judgement(self.workspace, versions.by_name(self.workspace, chosen or "live"))
+        return "".join(verdict(d, told["words"], told["prompts"]) for d in reversed(told["decisions"]))
 
-    def _compare(self, before: str | None, after: str | None) -> str:
-        if before is None or after is None:
-            return '<p class="clm-quiet">Choose two versions that were measured on the same tasks.</p>'
+    def _voices(self, chosen: str | None) -> list:
+        """Show what can be said of the chosen version: of a waiting one yes or no, of a refused one only an override."""
+        version = versions.by_name(self.workspace, chosen or "live")
+        can = {"approve": version.state == approval.WAITING, "reject": version.state == approval.WAITING,
+               "override": version.state in (approval.REFUSED, approval.UNDECIDED)}  # fmt: skip
+        asked = {
+            approval.WAITING: f"{version.name} passed the gate and waits for approval by name.",
+            approval.REFUSED: f"The gate refused {version.name}. Overriding it needs a name and a reason.",
+            approval.UNDECIDED: f"The gate could not decide on {version.name}. Overriding it needs a name and a reason.",
+        }.get(version.state, "")
+        return [
+            gr.update(visible=any(can.values())), notice(asked, "note"),
+            *(gr.update(visible=can[says]) for says in self.buttons),
+        ]  # fmt: skip
+
+    def _say(self, says: str, chosen: str | None, by: str, why: str):
+        """Write down what a person says. A refusal leaves the form as it is."""
         try:
-            return with_without(questions.compare(self.workspace, before, after))
-        except BadInput as err:
-            return notice(str(err), "note")
+            if chosen is None:
+                raise BadInput("No version is chosen. Choose one in the graph.")
+            said = actions.say(self.house, chosen, says, by, why)
+        except Exception as err:
+            return notice(plain(err), "problem"), gr.skip()
+        if said.missing:
+            return notice(f"{by} has spoken for {chosen}; one more person has to.", "note"), ""
+        live = versions.live(self.workspace).name
+        return notice(f"{chosen} is {said.version.state}; {live} is live."), ""
 
     def _kept(self, chosen: str | None) -> str:
         version = versions.by_name(self.workspace, chosen or "live")
@@ -173,13 +211,13 @@ class Models(Tab):
             version, live = versions.by_name(self.workspace, name or "live"), versions.live(self.workspace)
             if version.id == live.id:
                 raise BadInput(f"{version.name} is live already. Choose another version.")
+            if missing := actions.NOT_PASSED.get(version.state):
+                raise BadInput(f"{version.name} {missing}.")
             if not reason.strip():
                 raise BadInput(f"Making {version.name} live needs a reason, which the history keeps. Write one above.")
         except Exception as err:
             return None, "", gr.update(visible=False), notice(plain(err), "problem")
-        warning = {"refused": " The gate refused it.", "candidate": " The gate has not judged it."}.get(
-            version.state, ""
-        )
+        warning = ""
         if version.track != "main":
             warning = " It comes from a comparison run without protection."
         said = (

@@ -25,11 +25,11 @@ from ui.parts.heat_map import heat_map, legend
 from ui.parts.job_card import job_card
 from ui.parts.live import Live, drawing
 from ui.parts.strategy_chooser import StrategyChooser, title
-from ui.parts.words import card, chip, count, figures, notice, safe, span, table
+from ui.parts.verdict import VERDICTS
+from ui.parts.words import card, chip, figures, notice, safe, span, table
 from ui.tabs._base import Tab
 
 NEWEST = 0  # the choice that follows the job at work
-VERDICTS = {"promote": "accepted", "hold": "refused", "inconclusive": "candidate"}
 
 
 class Train(Tab):
@@ -225,7 +225,7 @@ class Train(Tab):
             [
                 f"<b>{safe(d['version'])}</b>",
                 safe(d["task"]),
-                chip(d["verdict"], VERDICTS.get(d["verdict"], "candidate")),
+                chip(*VERDICTS.get(d["verdict"], (d["verdict"], "candidate"))),
                 safe(d["sentence"]),
             ]
             for d in found
@@ -241,8 +241,7 @@ def _reason(reason: dict[str, Any]) -> str:
 
 
 def _in_a_line(job: Job) -> str:
-    tasks, strategy = count(len(job.wish.get("stream", [])), "task"), job.wish.get("strategy", "")
-    return f"Job {job.id}: {tasks}, {strategy}, {job.status}"
+    return f"Job {job.id}: {questions.job_title(job)}, {job.status}"
 
 
 def _figures(latest: dict, is_running: bool) -> str:
