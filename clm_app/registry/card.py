@@ -246,7 +246,7 @@ def _training(found: Evidence) -> str:
     if run is None:
         return "It was not trained here."
     facts = [("strategy", run.strategy), ("method", run.method), ("seed", run.seed)]
-    facts += [(name, value) for name, value in _flat(run.settings) if name not in ("why", "gate")]
+    facts += [(name, value) for name, value in _flat(run.settings) if name != "why"]
     facts += [
         (f"run.{name}", run.figures.get(name, NOT_MEASURED)) for name in ("steps", "seconds", "tokens_per_s", "loss")
     ]
