@@ -14,12 +14,20 @@ sys.path.insert(0, str(HERE.parent))
 from pydantic import BaseModel  # noqa: E402
 
 from clm_app.catalog import shelf  # noqa: E402
+from clm_app.engine.examiner import ExaminationSettings  # noqa: E402
 from clm_app.engine.settings import TrainingSettings  # noqa: E402
+from clm_app.judging.bisect import BisectWish  # noqa: E402
 from clm_app.judging.gate import GateSettings  # noqa: E402
+from clm_app.judging.parity import ParitySettings  # noqa: E402
+from clm_app.repairs._base import RepairSettings  # noqa: E402
 from clm_app.settings import Settings  # noqa: E402
-from clm_app.wishes import LearnWish  # noqa: E402
+from clm_app.wishes import ExamineWish, LearnWish  # noqa: E402
 
 INTRODUCTION = "# Settings\n\nWritten by `python docs/make.py` from the code's own models; change it there.\n"
+SHELVES = (
+    ("clm_app.strategies", "Strategy"), ("clm_app.methods", "Method"), ("clm_app.probes", "Probe"),
+    ("clm_app.probes.kinds", "Kind of benchmark"),
+)  # fmt: skip
 SIGNS = {"Ge": ("≥", "ge"), "Gt": (">", "gt"), "Le": ("≤", "le"), "Lt": ("<", "lt")}
 
 
@@ -44,8 +52,13 @@ def page() -> str:
         table("A learn job", LearnWish, "Body of `POST /api/learn`, and the form of the Train tab."),
         table("Training", TrainingSettings),
         table("Gate", GateSettings),
+        table("Repair", RepairSettings, "Under `repair` of a learn job."),
+        table("Export parity", ParitySettings, "`CLM_PARITY`, as a JSON object."),
+        table("An examination", ExamineWish, "Body of `POST /api/examine`, and the form of the Benchmarks tab."),
+        table("How an examination asks", ExaminationSettings, "Under `run` of an examination."),
+        table("The search for an update", BisectWish, "Body of `POST /api/bisect`, and a form of the Compare tab."),
     ]
-    for package, word in (("clm_app.strategies", "Strategy"), ("clm_app.methods", "Method"), ("clm_app.probes", "Probe")):
+    for package, word in SHELVES:
         for name, cls in shelf(package).items():
             needs = getattr(cls, "needs", "")
             parts.append(table(f"{word}: {name}", cls.Settings, cls.title + (f". Needs {needs}." if needs else ".")))
