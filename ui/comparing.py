@@ -34,6 +34,8 @@ from ui.parts.word_diff import as_text, word_diff
 MOST_PROMPTS = 50  # asked in one request
 LATENCY = "latency"  # the kind of benchmark that says how long a reply takes
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a formula begins in a spreadsheet: OWASP, "CSV injection"
+
 
 class Side(BaseModel):
     """Who answers on one side: a version of ours, or an OpenAI-compatible address that a person named."""
@@ -367,5 +369,10 @@ def _csv(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
     out = io.StringIO()
     table = csv.DictWriter(out, list(columns), extrasaction="ignore", lineterminator="\r\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({name: _plain_cell(value) for name, value in row.items()} for row in rows)
     return out.getvalue()
+
+
+def _plain_cell(value: Any) -> Any:
+    """Return a cell that a spreadsheet reads as text: a prompt that begins like a formula would be computed there."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

@@ -42,10 +42,11 @@ from store.tables.work import ENDED
 NEWEST_JOBS = 20  # that a strategy's figures are taken from
 
 
-def jobs(workspace: Workspace, limit: int = 50) -> list[Job]:
-    """Return the newest jobs, newest first."""
+def jobs(workspace: Workspace, limit: int = 50, kind: str | None = None) -> list[Job]:
+    """Return the newest jobs, of one kind or of all, newest first."""
+    wanted = select(Job).order_by(Job.id.desc()).limit(limit)
     with workspace.read() as session:
-        return list(session.exec(select(Job).order_by(Job.id.desc()).limit(limit)))
+        return list(session.exec(wanted.where(Job.kind == kind) if kind else wanted))
 
 
 def job(workspace: Workspace, job_id: int) -> Job:
@@ -61,20 +62,15 @@ def job(workspace: Workspace, job_id: int) -> Job:
     return found
 
 
-def newest_job(workspace: Workspace, kind: str) -> Job | None:
-    """Return the newest job of a kind, or None."""
-    with workspace.read() as session:
-        return session.exec(select(Job).where(Job.kind == kind).order_by(Job.id.desc())).first()
-
-
-def job_in_view(workspace: Workspace, chosen: int | None = None) -> Job | None:
-    """Return the chosen job; without a choice the one at work, else the newest one; None before the first."""
+def job_in_view(workspace: Workspace, chosen: int | None = None, kind: str | None = None) -> Job | None:
+    """Return the chosen job; without a choice the one at work, else the newest one, of a kind; None before the first."""
     if chosen:
         return job(workspace, int(chosen))
+    wanted = select(Job).where(Job.kind == kind) if kind else select(Job)
     with workspace.read() as session:
-        at_work = session.exec(select(Job).where(Job.status.not_in(ENDED)).order_by(Job.id)).all()
+        at_work = session.exec(wanted.where(Job.status.not_in(ENDED)).order_by(Job.id)).all()
         running = [j for j in at_work if j.status != "asked"] or at_work
-        return running[0] if running else session.exec(select(Job).order_by(Job.id.desc())).first()
+        return running[0] if running else session.exec(wanted.order_by(Job.id.desc())).first()
 
 
 def job_of_the_live_version(workspace: Workspace) -> Job | None:

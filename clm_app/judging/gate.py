@@ -471,8 +471,10 @@ def _outcomes(file: Path) -> dict[str, tuple[float, float | None]]:
     """Return {item: (score, nats per answer token or None)} of an outcomes file of a task or of a benchmark."""
     found = {}
     for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        if "exact" not in line and "score" not in line:
+            continue  # an item that the model could not be asked, such as one longer than its context
         loss = line["loss"] / max(line.get("tokens", 1), 1) if "loss" in line else None
-        found[line["item"]] = float(line["exact"] if "exact" in line else line["score"]), loss
+        found[line["item"]] = float(line["score"] if "score" in line else line["exact"]), loss
     return found
 
 

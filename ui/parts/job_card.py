@@ -30,7 +30,9 @@ def job_card(workspace: Workspace, job: Job) -> str:
 
 
 def stream_line(workspace: Workspace, job: Job) -> str:
-    """Return the tasks of the stream in order, each with how far it is; one line per track."""
+    """Return the tasks of the stream in order, each with how far it is, one line per track; of another job what it is."""
+    if job.kind != "learn":
+        return f'<p class="clm-quiet">{safe(questions.job_title(job))}</p>'
     names = [source["name"] for source in job.wish.get("stream", [])]
     runs = [run for run, _ in questions.runs_of(workspace, job.id)]
     refused = questions.refused_runs(workspace, job.id)

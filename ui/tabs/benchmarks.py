@@ -187,7 +187,7 @@ class Benchmarks(Tab):
         return notice(f"Job {job.id} is asked for: {', '.join(chosen)} before {name}.")
 
     def _progress(self) -> str:
-        job = questions.newest_job(self.workspace, "examine")
+        job = questions.job_in_view(self.workspace, kind="examine")
         return job_card(self.workspace, job) if job else ""
 
     def _readings(self, name: str | None) -> str:

@@ -12,13 +12,14 @@ from clm_app.judging import bisect
 from clm_app.judging.standing import standings
 from clm_app.registry import versions
 from ui import comparing, questions
+from ui.parts.broken import broken
 from ui.parts.job_card import job_card
 from ui.parts.live import Live, drawing
 from ui.parts.radar import radar
 from ui.parts.side_by_side import replies, side_by_side
 from ui.parts.standing import standing_table
 from ui.parts.trends import trends
-from ui.parts.words import card, notice, safe
+from ui.parts.words import notice, safe
 from ui.tabs._base import Tab
 
 SPOKES = 3  # a radar of fewer tasks is a line
@@ -156,11 +157,11 @@ class Compare(Tab):
         return notice(f"Job {job.id} looks for the update that broke {task}.")
 
     def _search(self) -> str:
-        job = questions.newest_job(self.workspace, "bisect")
+        job = questions.job_in_view(self.workspace, kind="bisect")
         if job is None:
             return ""
-        said = (job.result or {}).get("sentence")
-        return job_card(self.workspace, job) + (card("Found", f"<p>{safe(said)}</p>") if said else "")
+        found = broken(bisect.Answer(**job.result)) if job.status == "done" else ""
+        return job_card(self.workspace, job) + found
 
 
 def _side(name: str, model: str, outside: bool) -> comparing.Side:

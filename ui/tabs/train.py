@@ -120,7 +120,7 @@ class Train(Tab):
         return ["live", *(v.name for v in versions.everything(self.workspace))]
 
     def _job_choices(self) -> list[tuple[str, int]]:
-        found = questions.jobs(self.workspace, 30)
+        found = questions.jobs(self.workspace, 30, "learn")
         return [("the one at work, or the newest", NEWEST), *((_in_a_line(job), job.id) for job in found)]
 
     def _pick(self, package: str, label: str, field: Any, *first: tuple[str, str]) -> gr.Dropdown:
@@ -168,7 +168,7 @@ class Train(Tab):
     def _cancel(self, chosen: int):
         """Ask the job in view, or the one at work, to stop."""
         try:
-            job = questions.job_in_view(self.workspace, chosen)
+            job = questions.job_in_view(self.workspace, chosen, "learn")
             if job is None or job.status in ENDED:
                 raise BadInput("No job is running, so there is nothing to cancel.")
             wishes.cancel(self.workspace, job.id, self.house.actor)
@@ -177,7 +177,7 @@ class Train(Tab):
         return notice(f"Job {job.id} was asked to stop; its last checkpoint is kept.", "note")
 
     def _in_view(self, chosen: int) -> Job | None:
-        return questions.job_in_view(self.workspace, chosen)
+        return questions.job_in_view(self.workspace, chosen, "learn")
 
     def _progress(self, chosen: int) -> str:
         job = self._in_view(chosen)
