@@ -89,6 +89,7 @@ def test_the_harness_and_our_multiple_choice_say_the_same_of_the_same_items(star
     assert found["acc"]["value"] == pytest.approx(figures["total"])
     assert found["acc_norm"]["value"] == pytest.approx(figures["per_byte"])
     assert set(found) == {"acc", "acc_norm"} and found["acc"]["standard_error"] >= 0
+    assert json.loads(json.dumps(found)) == found and type(found["acc"]["standard_error"]) is float
 
 
 @needs_harness

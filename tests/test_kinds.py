@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy
 import pytest
 from pydantic import ValidationError
+from referencing.exceptions import Unresolvable
 from sacrebleu import corpus_bleu, corpus_chrf, sentence_chrf
 from sklearn import metrics
 
@@ -289,6 +290,8 @@ def test_an_item_is_named_by_all_that_it_is_judged_by():
     others = [{"prompt": "c"}, {"expected": ["b"]}, {"expected": ["b", "c"]}, {"rubric": {"x": 1}}, {"choices": ["b"]}]
     keys = {item.key} | {item.model_copy(update=other).key for other in others}
     assert len(keys) == 6 and all(re.fullmatch("[0-9a-f]{12}", key) for key in keys)
+    turned = [item.model_copy(update={"rubric": rubric}).key for rubric in ({"x": 1, "y": 2}, {"y": 2, "x": 1})]
+    assert turned[0] == turned[1], "in whatever order a rubric was written"
     assert item.model_copy(update={"label": "x"}).key == item.key, "a label changes a table, no judgement"
     assert BenchmarkItem(prompt="a", expected=5) == BenchmarkItem(prompt="a", expected="5")
 
@@ -342,10 +345,10 @@ def test_a_class_may_be_called_otherwise_than_its_answer():
 
 
 def test_token_f1_is_the_one_of_squad_worked_by_hand():
-    found = says("It is in the old town", "old old town", "nowhere", "The", kind="token_f1",
-                 expected=[["an old town", "a field"], "old town", "town", "the"])  # fmt: skip
+    found = says("It is in the old town", "old old town", "nowhere", "The", "", kind="token_f1",
+                 expected=[["an old town", "a field"], "old town", "town", "the", "the"])  # fmt: skip
     # "it is in old town" against "old town": precision 2/5, recall 1; "old old town": precision 2/3, recall 1
-    assert [one["score"] for one in found] == pytest.approx([4 / 7, 0.8, 0, 1])
+    assert [one["score"] for one in found] == pytest.approx([4 / 7, 0.8, 0, 1, 0])
 
 
 # --- texts, numbers, likelihoods -------------------------------------------------------------------------------------
@@ -364,6 +367,11 @@ def test_bleu_and_chrf_over_all_items_are_those_of_sacrebleu_and_no_mean():
     assert scores == pytest.approx([sentence_chrf(t, e).score / 100 for t, e in zip(SAID, EXPECTED, strict=True)])
     assert figures["chrf"] != pytest.approx(numpy.mean(scores), abs=1e-3)
     assert "nrefs:var" in figures["bleu_signature"] and figures["chrf_signature"].endswith("version:2.6.0")
+
+
+def test_a_short_right_text_has_full_bleu_alone_though_none_in_a_corpus_as_papers_report_it():
+    found = says("good day", kind="overlap", expected=["good day"], knobs={"score": "bleu"})
+    assert found[0]["score"] == pytest.approx(1) and make("overlap").figures(found)["bleu"] == 0
 
 
 def test_rouge_l_is_the_longest_common_subsequence_in_any_language():
@@ -516,7 +524,9 @@ def test_a_schema_never_fetches_anything(monkeypatch):
         1,
         0,
     ]
-    assert asked == []
+    with pytest.raises(Unresolvable):
+        make("structured").outcome(item, Heard(text='{"a": 1}'))
+    assert asked == [], "nor where the check was left out"
 
 
 def test_a_schema_that_points_nowhere_is_refused_before_any_model_is_asked():

@@ -125,7 +125,10 @@ def _metrics(found: dict) -> Iterator[tuple[str, dict[str, float | None]]]:
             continue
         error = found.get(f"{metric}_stderr,{way}")
         is_known = isinstance(error, int | float) and math.isfinite(error)
-        yield metric if way == "none" else name, {"value": float(value), "standard_error": error if is_known else None}
+        yield (
+            metric if way == "none" else name,
+            {"value": float(value), "standard_error": float(error) if is_known else None},
+        )
 
 
 @contextmanager

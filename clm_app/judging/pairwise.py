@@ -151,10 +151,9 @@ def judge(pairs: Sequence[Pair], settings: JudgeSettings) -> Iterator[Judged]:
         httpx.Client(timeout=settings.timeout_s, headers=headers, trust_env=False, follow_redirects=False) as http,
         ThreadPoolExecutor(settings.at_once) as pool,
     ):
-        try:
-            yield from pool.map(partial(_both_ways, http, settings), pairs)
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or a stop, what is not yet asked stays so
+        yield from pool.map(
+            partial(_both_ways, http, settings), pairs
+        )  # an error or a stop cancels what is not asked yet
 
 
 def compare(judged: Sequence[Judged]) -> Comparison:
