@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable
 from itertools import count
@@ -179,3 +181,23 @@ def open_app(tmp_path_factory, tiny_model):
     yield start
     for app in started:
         app.stop()
+
+
+@pytest.fixture
+def browser():
+    """Chromium, or the reason why it is not here; CLM_REQUIRE_BROWSER=1 turns a missing one into a failure."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        path = None
+    if path is None:
+        missing = pytest.fail if os.environ.get("CLM_REQUIRE_BROWSER") == "1" else pytest.skip
+        missing("no chromium with playwright here; apt install chromium, pip install playwright")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+        )
+        yield chromium
+        chromium.close()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -100,26 +99,6 @@ def app(tmp_path_factory):
     yield running
     if running.process.poll() is None:
         running.end()
-
-
-@pytest.fixture
-def browser():
-    """Chromium, or the reason why it is not here; CLM_REQUIRE_BROWSER=1 turns a missing one into a failure."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        path = None
-    if path is None:
-        missing = pytest.fail if os.environ.get("CLM_REQUIRE_BROWSER") == "1" else pytest.skip
-        missing("no chromium with playwright here; apt install chromium, pip install playwright")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=path,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
-        )
-        yield chromium
-        chromium.close()
 
 
 def test_importing_the_server_imports_nothing_slow():

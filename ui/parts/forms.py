@@ -35,7 +35,12 @@ class SettingsForm:
 
     def read(self, values: list[Any]) -> dict[str, Any]:
         """Return {field: value} from the widgets' values in their own order; an empty text means: not given."""
-        return {name: None if value == "" else value for name, value in zip(self.widgets, values, strict=True)}
+        return {name: self._read(name, value) for name, value in zip(self.widgets, values, strict=True)}
+
+    def _read(self, name: str, value: Any) -> Any:
+        if _is_several(self.model.model_fields[name].annotation):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return None if value == "" else value
 
 
 def widget(name: str, field: FieldInfo) -> gr.components.Component:
@@ -47,6 +52,8 @@ def widget(name: str, field: FieldInfo) -> gr.components.Component:
         return gr.Dropdown(list(typing.get_args(field.annotation)), value=default, label=label, info=info)
     if kinds == [bool]:
         return gr.Checkbox(value=default, label=label, info=info, min_width=220)
+    if _is_several(field.annotation):
+        return gr.Textbox(value=", ".join(default or ()), label=label, info=f"{info} (with commas between)", min_width=220)
     is_optional = field.annotation is not kinds[0]
     if kinds in ([int], [float]) and not is_optional:  # an empty number widget sends 0, so it cannot say "not given"
         return gr.Number(value=default, label=label, info=info, min_width=220)  # no bounds: the model refuses in words
@@ -63,6 +70,11 @@ def meaning(field: FieldInfo) -> str:
 
 def _number(value: float) -> str:
     return f"{int(value):,}" if value == int(value) else f"{value:g}"
+
+
+def _is_several(annotation: Any) -> bool:
+    """Say whether a field holds several words, such as list[str] or tuple[str, ...]."""
+    return typing.get_origin(annotation) in (list, tuple) and typing.get_args(annotation)[0] is str
 
 
 def _kinds(annotation: Any) -> list[type]:

@@ -105,8 +105,8 @@ class Models(Tab):
 
     def _build_voices(self) -> list:
         """Make what a named person can say of the chosen version's verdict; seen where there is something to say."""
-        with gr.Group(visible=False, elem_id="clm-voices") as self.voices:
-            self.asked = drawing()
+        with gr.Group(visible=False) as self.voices:
+            self.asked = drawing(elem_id="clm-voices")
             self.by = gr.Textbox(label="Your name", info="kept in the audit trail", max_length=100, elem_id="clm-by")
             self.why = gr.Textbox(
                 label="Why", info="needed to reject and to override", max_length=500, elem_id="clm-say-why"

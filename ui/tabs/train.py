@@ -14,8 +14,10 @@ from clm_app.data import ingest
 from clm_app.data.streams import TaskSource
 from clm_app.engine.settings import TrainingSettings
 from clm_app.errors import BadInput, plain
+from clm_app.judging import benchmarks
 from clm_app.judging.gate import GateSettings
 from clm_app.registry import versions
+from clm_app.repairs._base import RepairSettings
 from store.series import progress
 from store.tables import Job
 from store.tables.work import ENDED
@@ -63,20 +65,32 @@ class Train(Tab):
                     label="Put promoted versions live",
                     info=default["deploy"].description,
                 )
+                self.served = gr.Checkbox(
+                    value=default["check_served"].default, label="Compare what would be served",
+                    info="golden prompts, before a candidate is promoted",
+                )  # fmt: skip
+                self.benchmarks = gr.Dropdown(
+                    self._benchmark_names(), value=[], multiselect=True, label="Benchmarks every candidate is held to",
+                    info="made on the Benchmarks tab", min_width=220, elem_id="clm-held-to",
+                )  # fmt: skip
             with gr.Accordion("Settings of the method, the training and the gate", open=False):
                 methods = self._forms("clm_app.methods", self.method)
                 gr.Markdown("**Training**")
                 training = SettingsForm(TrainingSettings).build()
                 gr.Markdown("**Gate**")
                 gate = SettingsForm(GateSettings).build()
+                gr.Markdown("**Repair before refusal**")
+                repair = SettingsForm(RepairSettings).build()
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="clm-start")
                 cancel = gr.Button("Cancel the running job", variant="stop", elem_id="clm-cancel")
             self.answer = drawing(elem_id="clm-train-answer")
         self._build_job()
-        widgets = [w for form in (*methods.values(), training, gate) for w in form.widgets.values()]
-        asks = partial(self._start, methods, training, gate)
-        fixed = [self.tasks, self.method, self.start_from, self.compare, self.deploy]
+        widgets = [w for form in (*methods.values(), training, gate, repair) for w in form.widgets.values()]
+        asks = partial(self._start, methods, training, gate, repair)
+        fixed = [
+            self.tasks, self.method, self.start_from, self.compare, self.deploy, self.served, self.benchmarks,
+        ]  # fmt: skip
         return [
             start.click(
                 asks, [*fixed, *self.strategy.inputs, *widgets], [self.answer, self.job], concurrency_id="start"
@@ -105,6 +119,7 @@ class Train(Tab):
         return [
             Live([self.tasks], lambda: gr.update(choices=self._task_names())),
             Live([self.start_from], lambda: gr.update(choices=self._version_names())),
+            Live([self.benchmarks], lambda: gr.update(choices=self._benchmark_names())),
             Live([self.job], lambda: gr.update(choices=self._job_choices())),
             *self.strategy.live(),
             Live([self.progress], self._progress, [self.job]),
@@ -115,6 +130,9 @@ class Train(Tab):
 
     def _task_names(self) -> list[str]:
         return [task.name for task, _ in ingest.tasks(self.workspace)]
+
+    def _benchmark_names(self) -> list[str]:
+        return [benchmarks.title(row) for row in benchmarks.everything(self.workspace)]
 
     def _version_names(self) -> list[str]:
         return ["live", *(v.name for v in versions.everything(self.workspace))]
@@ -142,7 +160,9 @@ class Train(Tab):
         )  # fmt: skip
         return forms
 
-    def _start(self, methods, training, gate, tasks, method, start_from, compare, deploy, *values):
+    def _start(
+        self, methods, training, gate, repair, tasks, method, start_from, compare, deploy, served, held_to, *values
+    ):
         """Write the wish down. Nothing is trained in here: the clock finds the row."""
         try:
             if not tasks:
@@ -150,13 +170,14 @@ class Train(Tab):
             given: dict[int, dict] = {}
             chosen, left = values[: len(self.strategy.inputs)], list(values[len(self.strategy.inputs) :])
             strategy, strategy_settings = self.strategy.read(chosen)
-            for form in (*methods.values(), training, gate):
+            for form in (*methods.values(), training, gate, repair):
                 given[id(form)], left = form.read(left[: len(form.widgets)]), left[len(form.widgets) :]
             wish = wishes.LearnWish(
                 stream=[TaskSource(name=name) for name in tasks], strategy=strategy, method=method,
                 strategy_settings=strategy_settings,
                 method_settings=given[id(methods[method])] if method else {}, gate=given[id(gate)],
                 training=given[id(training)], compare_naive=compare, deploy=deploy, start_from=start_from,
+                repair=given[id(repair)], benchmarks=held_to, check_served=served,
             )  # fmt: skip
             job = wishes.ask(self.workspace, wish, self.house.actor)
         except Exception as err:  # the border of the form: the sentence stands beside the button
