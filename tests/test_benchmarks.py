@@ -23,7 +23,7 @@ from clm_app.engine import examining, measure, probing
 from clm_app.engine.batches import Encoded
 from clm_app.engine.examiner import ExaminationSettings, Paper, Sitting
 from clm_app.errors import BadData, BadInput, BadModel, BadSettings, ChildFailed, NotThere
-from clm_app.events import Measuring
+from clm_app.events import Failed, Measuring
 from clm_app.judging import benchmarks, leakage
 from clm_app.probes.kinds._base import BenchmarkItem
 from clm_app.registry import versions
@@ -379,7 +379,9 @@ def test_choices_are_heard_each_with_its_end_whatever_fits_a_batch(sits, sitting
 
 @pytest.mark.parametrize("on", ["trained", "served"])
 def test_running_text_is_heard_as_the_probes_hear_it(sits, tiny_model, on):
-    items = [BenchmarkItem(prompt=" ".join([prompt] * 40)) for prompt in PROMPTS]
+    items = [
+        BenchmarkItem(prompt=" ".join([prompt] * times)) for prompt, times in zip(PROMPTS[2:], (20, 3, 1), strict=True)
+    ]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), load_tokenizer(tiny_model)
     known = probing.likelihoods(model, [item.prompt for item in items], tokenizer, 256)
     for line, one in zip(sits(items, "perplexity", on=on), known, strict=True):
@@ -444,6 +446,24 @@ class Children:
         return child
 
 
+class Here:
+    """Stands for children: each one sits its papers in this process before it is waited for. They are counted."""
+
+    def __init__(self) -> None:
+        self.started, self.last = 0, ["its last word"]
+
+    def __call__(self, command, *, on_event, **named):
+        self.started += 1
+        examining.sit_all(Sitting.model_validate_json(Path(command[-1]).read_text()), on_event)
+        return self
+
+    def wait(self, timeout_s: float) -> int:
+        return 0
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+
 def quiet(stage: str, share: float) -> None:
     assert stage and 0 <= share <= 1
 
@@ -462,7 +482,7 @@ def test_a_killed_child_goes_on_behind_what_it_heard_and_nothing_is_heard_twice(
 
 
 def test_what_was_heard_is_not_asked_again_and_a_later_leak_needs_no_child(workspace):
-    row, children = make(workspace, template="Say: {prompt}"), Children()
+    row, children = make(workspace, template="Say: {prompt}"), Here()
     other, live = make(workspace, "Others", ITEMS[:8], "token_f1"), versions.live(workspace)
 
     def sit(*rows, **named):
@@ -539,14 +559,29 @@ def test_a_job_that_is_cancelled_ends_its_child(workspace):
     assert not started[0].is_alive()
 
 
-def test_a_child_that_cannot_go_on_says_why(workspace, tmp_path):
+class Failing(Here):
+    """A child that says what it is told to say and ends without having heard anything."""
+
+    def __init__(self, *events) -> None:
+        super().__init__()
+        self.events = events
+
+    def __call__(self, command, *, on_event, **named):
+        self.started += 1
+        for event in self.events:
+            on_event(event)
+        return self
+
+
+def test_a_child_that_cannot_go_on_says_why_and_one_that_is_always_killed_is_given_up(workspace):
     row, live = make(workspace), versions.live(workspace)
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "llama"}')
-    version = Version(name="v1", kind="base", base_path=str(broken), base_digest="x", parent_id=live.id, id=live.id)
-    with pytest.raises(ChildFailed, match="has no tokenizer that can be read"):
-        examine(workspace, spawn, version, [row], "test", "trained", quiet)
+    for child, said, tried in [
+        (Failing(Failed(sentence="Memory ran out.")), "Memory ran out.", 1),
+        (Failing(), "ended from outside 3 times, last with: its last word", 3),
+    ]:  # fmt: skip
+        with pytest.raises(ChildFailed, match=said):
+            examine(workspace, child, live, [row], "test", "trained", quiet)
+        assert child.started == tried and benchmarks.readings(workspace, row) == []
 
 
 # --- through the app --------------------------------------------------------------------------------------------------

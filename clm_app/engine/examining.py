@@ -25,7 +25,7 @@ from clm_app.engine.batches import IGNORED, answer_logits, tensors
 from clm_app.engine.routed import Routed
 from clm_app.errors import BadData, OutOfRoom
 from clm_app.events import Examined, Measuring
-from clm_app.judging.benchmarks import load, made
+from clm_app.judging.papers import load, made
 from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind
 from clm_app.routes import is_routed
 from clm_app.serving.chat import ChatOptions, Message
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from clm_app.engine.examiner import ExaminationSettings, Paper, Sitting
 
 TELL_EVERY_S = 0.5
-WINDOW = 256  # tokens of running text read at once, for a kind that has no knob for it
+WINDOW = 256  # tokens of running text read at once, as the probes do by default
 
 
 Ids = tuple[list[int], list[int]]  # of a prompt, and of an answer with its end token
@@ -216,11 +216,10 @@ class Trained:
 
     def _running(self, model, kind: Kind, prompts: list[str], items: list[BenchmarkItem]) -> Iterator[list[Found]]:
         """Hear how likely each whole text is, read in pieces as the probes read it."""
-        window = getattr(kind.settings, "window_tokens", WINDOW)
         lengths = [len(prompt) for prompt in prompts]  # letters: alike enough to batch by, and nothing is too long
         for places in batches(lengths, max(lengths, default=0), 4 * self.run.batch_tokens, measure.ROWS):
             texts = [prompts[i] for i in places]
-            found, took = _timed(lambda t=texts: probing.likelihoods(model, t, self.tokenizer, window))
+            found, took = _timed(lambda t=texts: probing.likelihoods(model, t, self.tokenizer, WINDOW))
             share = took / len(places)
             yield [
                 Found(i, Heard(nats=n, tokens=t, seconds=share), {}) for i, (n, t) in zip(places, found, strict=True)
@@ -387,7 +386,7 @@ class Served:
 
     def _running(self, kind: Kind, messages: list[Message], item: BenchmarkItem) -> Heard:
         """Return how likely the whole text is, in the same pieces as `probing.likelihoods` reads."""
-        tokenizer, window = self.tokenizer, min(getattr(kind.settings, "window_tokens", WINDOW), self.prompt.context)
+        tokenizer, window = self.tokenizer, min(WINDOW, self.prompt.context)
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ids = tokenizer.encode(neutral(tokenizer, messages[0].content), add_special_tokens=False)
         pieces = [ids[first : first + window - 1] for first in range(0, len(ids), window - 1)]

@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import ValidationError
 from sqlmodel import select
 
-from clm_app.catalog import pick
 from clm_app.data import ingest
 from clm_app.data.reading import records
-from clm_app.errors import BadData, BadSettings, NotThere, plain
+from clm_app.errors import BadData, NotThere
 from clm_app.judging.items import PARTS, Given, given
 from clm_app.judging.leakage import LeakReport, is_outdated, leaks
-from clm_app.probes.kinds._base import SHELF, BenchmarkItem, Kind
+from clm_app.judging.papers import load, made
+from clm_app.probes.kinds._base import BenchmarkItem, Kind
 from clm_app.situations import stored
 from clm_app.workspace import Workspace
 from store.db import record
@@ -85,19 +84,6 @@ def from_task(workspace: Workspace, task: str, kind: str, settings: dict, by: st
     )  # fmt: skip
     return freeze(workspace, name or known.name, way, given(told, way, workspace.settings, known.name),
                   f"held-out rows of {known.name}, snapshot {taken.id}", by)  # fmt: skip
-
-
-def made(kind: str, settings: dict) -> Kind:
-    """Return the kind with its knobs.
-
-    Raises:
-        BadSettings: the kind or a knob is unknown, or a value is out of its bounds.
-    """
-    cls = pick(SHELF, kind)
-    try:
-        return cls(cls.Settings(**settings))
-    except (ValidationError, TypeError) as err:
-        raise BadSettings(f"A benchmark of kind {kind} cannot be set so: {plain(err)}") from err
 
 
 def freeze(workspace: Workspace, name: str, kind: Kind, found: Given, source: str, by: str) -> Benchmark:
@@ -201,12 +187,6 @@ def file_of(workspace: Workspace, row: Benchmark, split: str) -> Path:
         return workspace.objects.verify(row.object) / f"{split}.jsonl"
     except ObjectIsDamaged as err:
         raise BadData(f"The items of {title(row)} are not what was frozen: {err}") from err
-
-
-def load(file: Path) -> list[BenchmarkItem]:
-    """Return the items of a file that this app wrote."""
-    with open(file, encoding="utf-8") as lines:
-        return [BenchmarkItem.model_validate_json(line) for line in lines]
 
 
 def items_of(workspace: Workspace, row: Benchmark, split: str) -> list[BenchmarkItem]:
