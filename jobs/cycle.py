@@ -41,6 +41,7 @@ from store.tables._columns import now
 ATTEMPTS = 3  # children tried for one run; each goes on from the last checkpoint
 BEAT_S = 1.0
 NAIVE = "naive"
+STATES = ("accepted", "refused", "comparison", "waiting", "undecided")  # of what a job made; the first three are always told
 
 
 class Cycle:
@@ -405,7 +406,10 @@ class Cycle:
                 .where(Run.job_id == self.job.id)
                 .order_by(Version.id)
             ).all()
-        return {state: [v.name for v in made if v.state == state] for state in ("accepted", "refused", "comparison")}
+        return {
+            state: found for state in STATES
+            if (found := [v.name for v in made if v.state == state]) or state in STATES[:3]
+        }  # fmt: skip
 
 
 class Listener:

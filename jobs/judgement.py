@@ -11,9 +11,12 @@ from collections.abc import Callable
 from sqlmodel import Session, select
 
 from clm_app.catalog import shelf
+from clm_app.data.ingest import rows_of
 from clm_app.errors import BadModel
 from clm_app.judging import approval, parity
 from clm_app.judging import benchmarks as shelf_of_benchmarks
+from clm_app.judging.causes import Case, Cause, causes
+from clm_app.judging.causes import told as with_causes
 from clm_app.judging.gate import Floor, Noise, Pair, Verdict, judge, pair
 from clm_app.probes._base import SHELF, Probe
 from clm_app.provenance import code_version
@@ -64,6 +67,7 @@ class Judgement:
         verdict = _after_repair(verdict, repair)
         if verdict.verdict == "promote":
             verdict = self.blocked(verdict)
+        verdict = self.explained(verdict, told[0])
         return self.write([first, verdict] if first and repair["passed"] else [verdict])
 
     # --- what is asked ------------------------------------------------------------------------------------------------
@@ -155,15 +159,25 @@ class Judgement:
         try:
             refuse_damage(self.workspace, self.version)
         except BadModel as err:
-            return _block(verdict, f"Refused: {err}")
+            return _block(verdict, f"Refused: {err}", Cause("weights_damaged", str(err)))
         if not self.wish.check_served:
             return verdict
         reading = parity.check(
             self.workspace, self.spawn, self.version, lambda stage, _: self.beat(f"gate: as served, {stage}")
         )
         if reading.verdict == "differs":
-            return _block(verdict, f"Refused: what would be served is not what was trained. {reading.sentence}")
+            cause = Cause(reading.evidence["cause"], reading.sentence)
+            return _block(verdict, f"Refused: what would be served is not what was trained. {reading.sentence}", cause)
         return verdict.model_copy(update={"evidence": verdict.evidence | {"served": reading.sentence}})
+
+    def explained(self, verdict: Verdict, new: Pair) -> Verdict:
+        """Return the verdict with the causes that can be named of what went wrong."""
+        if "blocked" in verdict.evidence:
+            return verdict
+        with self.workspace.read() as session:
+            taken = session.get_one(Snapshot, self.run.snapshot_id)
+        rows = [] if verdict.verdict == "promote" else rows_of(self.workspace, taken, "train")
+        return with_causes(verdict, causes(Case(verdict, new, rows, self.figures, self.wish.training.model_dump())))
 
     # --- what is decided ----------------------------------------------------------------------------------------------
 
@@ -199,9 +213,9 @@ def _after_repair(verdict: Verdict, repair: dict | None) -> Verdict:
     return verdict.model_copy(update={"sentence": sentence, "evidence": told})
 
 
-def _block(verdict: Verdict, sentence: str) -> Verdict:
-    told = verdict.evidence | {"blocked": sentence}
-    return verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": told})
+def _block(verdict: Verdict, sentence: str, cause: Cause) -> Verdict:
+    evidence = verdict.evidence | {"blocked": sentence}
+    return with_causes(verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": evidence}), [cause])
 
 
 def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:

@@ -383,7 +383,7 @@ def _undecided(worst: Finding, how_many: int, settings: GateSettings) -> str:
 
 def _kept(findings: list[Finding]) -> str:
     """Return what was shown of the old tasks of a candidate that is promoted."""
-    count = f"the {len(findings)} earlier task{'s' * (len(findings) > 1)}"
+    count = f"the {len(findings)} earlier tasks" if len(findings) > 1 else "the earlier task"
     margins = {round(100 * f.margin, 6) for f in findings}
     each = " on each" if len(findings) > 1 else ""
     said = f"keeps {count}: a loss of more than {max(margins):g} points is excluded{each}"

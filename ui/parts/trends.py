@@ -15,7 +15,7 @@ def trends(found: Standings) -> str:
     line = found.line()
     drawn = {task: points for task in found.tasks if (points := _points(line, task))}
     if not drawn or len(line) < 2:
-        return '<p class="clm-quiet">Nothing is learned yet, so there is no line to draw.</p>'
+        return '<p class="clm-quiet">The live version has learned nothing yet, so there is no line to draw.</p>'
     width = LEFT + STEP * (len(line) - 1) + 30
     said = "; ".join(
         f"{task}: {percent(points[0][1].value)} when learned, {percent(points[-1][1].value)} in {line[points[-1][0]].version}"

@@ -46,7 +46,7 @@ def _tasks(told: dict[str, Any]) -> str:
     new = told["new"]
     rows = [[
         f"{safe(new['task'])} <small>new</small>", f"{new['items']:,}", percent(new["before"]), percent(new["after"]),
-        _points(new["change_points"]), _points(new["gain_lower_points"]), "more than 0", _p(new["p"]),
+        _points(new["change_points"]), _points(new["gain_lower_points"]), "above 0", _p(new["p"]),
         chip("learned", "accepted") if new["learned"] else chip("not learned", "refused"),
     ]]  # fmt: skip
     for line in told["old"]:
@@ -147,4 +147,4 @@ def _points(value: float) -> str:
 
 
 def _p(value: float) -> str:
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+    return "&lt;\N{NO-BREAK SPACE}0.001" if value < 0.001 else f"{value:.3f}"

@@ -45,15 +45,17 @@ class Benchmarks(Tab):
                 self.list = drawing(elem_id="clm-benchmarks")
         with gr.Row(equal_height=True, elem_classes="clm-section"):
             drawing("<h3>Let versions sit it</h3>", min_width=200)
-            self.one = gr.Dropdown([], value=None, label="Benchmark", min_width=200, elem_id="clm-benchmark")
-            self.versions = gr.Dropdown(["live"], value=["live"], multiselect=True, label="Versions", min_width=200)
+            self.one = gr.Dropdown([], value=None, label="Benchmark", info="its newest versions first", min_width=200,
+                                   elem_id="clm-benchmark")  # fmt: skip
+            self.versions = gr.Dropdown(["live"], value=["live"], multiselect=True, label="Versions", info="each sits it",
+                                        min_width=200)  # fmt: skip
             self.on = gr.Dropdown(
-                [("as trained, in full precision", "trained"), ("as served, through its backend", "served")],
-                value="trained", label="Which artefact", min_width=200,
+                ["trained", "served"], value="trained", label="Artefact", min_width=200,
+                info="in full precision, or through its backend",
             )  # fmt: skip
             self.split = gr.Dropdown(
-                [("test: judges, asked once of each version", "test"), ("validation: for searching", "validation")],
-                value="test", label="Part", min_width=200,
+                ["test", "validation"], value="test", label="Part", min_width=200,
+                info="test judges, once; the other is for searching",
             )  # fmt: skip
             start = gr.Button("Start", variant="primary", min_width=120, scale=0, elem_id="clm-examine")
         self.answer = drawing(elem_id="clm-examine-answer")
@@ -83,7 +85,7 @@ class Benchmarks(Tab):
         self.source = gr.Radio([("a file", "file"), ("written here", "items"), ("a task's held-out rows", "task")],
                                value="file", label="Items from", elem_id="clm-source")  # fmt: skip
         self.file = gr.File(label="JSONL, JSON, CSV or Parquet: prompt, expected, rubric, choices, label, split",
-                            file_types=FILES, height=130)  # fmt: skip
+                            file_types=FILES, height=170)  # fmt: skip
         self.written = gr.Textbox(label="Items, a JSON object on each line", placeholder=EXAMPLE, lines=5, visible=False,
                                   max_length=200_000, elem_id="clm-items-written")  # fmt: skip
         self.task = gr.Dropdown([], label="Task", visible=False, elem_id="clm-benchmark-task")
