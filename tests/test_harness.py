@@ -127,6 +127,12 @@ def test_no_program_is_started_beside_this_one(starter, folder, monkeypatch):
 @needs_harness
 def test_a_task_that_is_not_on_this_machine_is_refused_without_asking_any_host(starter, folder, monkeypatch):
     asked = []
+
+    def resolve(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(f"{host} was looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
     with pytest.raises(BadData, match="far in .* cannot be run: .*nobody/nothing.*Are its data files on this machine"):
         run(*starter, HarnessSettings(folder=folder, tasks=["far"]))
