@@ -28,6 +28,7 @@ OLDEST_PYTHON = (3, 11)
 TRIED_PYTHONS = "3.11 to 3.14"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PORT = 7860
+MOST_WORKERS = 4  # of the tests at a time: each holds the libraries and small models, about 1.5 GB
 
 # Promises of the product: nothing leaves the machine unasked. They win over what the shell says; CLM_ONLINE=1 alone
 # lets models be fetched.
@@ -687,7 +688,12 @@ def said_plainly(console, failures: list) -> Iterator[list]:
 
 
 def _test(arguments: argparse.Namespace) -> int:
-    return subprocess.call([sys.executable, "-m", "pytest", *arguments.pytest], cwd=HERE.root)
+    """Run what was named, else everything: file by file, on as many cores as it pays, one thread each."""
+    if arguments.pytest:
+        return subprocess.call([sys.executable, "-m", "pytest", *arguments.pytest], cwd=HERE.root)
+    spread = ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.call([sys.executable, "-m", "pytest", *spread], cwd=HERE.root, env=environment)
 
 
 def _setup(arguments: argparse.Namespace) -> int:
