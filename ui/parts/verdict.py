@@ -82,6 +82,8 @@ def _floors(told: dict[str, Any]) -> str:
         found.append(
             f"noise floor, the same weights measured twice: {count(noise['flips'], 'flip')} in {noise['items']:,}"
         )
+    if served := told.get("served"):
+        found.append(f"as served: {served.rstrip('.')}")
     return "".join(f"<p>{safe(line[0].upper() + line[1:])}.</p>" for line in found)
 
 
