@@ -59,8 +59,10 @@ class Line:
             (a0, b0), (a1, b1) = ((a.to(layer.a.device), b.to(layer.a.device)) for a, b in self.pairs[name])
             if alpha in (0.0, 1.0) and a0.shape == a1.shape:
                 a, b = (a1, b1) if alpha else (a0, b0)
+                held.add_whole(a, b)
             elif not b0.any():
                 a, b = a1, alpha * b1
+                held.add_whole(a, b)
             else:
                 both = torch.cat([a0, a1]), torch.cat([(1 - alpha) * b0, alpha * b1], 1)
                 a, b, residual = as_lower_rank(*both, rank=layer.a.shape[0])
@@ -110,6 +112,10 @@ class _Held:
 
     def __init__(self) -> None:
         self.lost = self.total = 0.0
+
+    def add_whole(self, a: Tensor, b: Tensor) -> None:
+        """Count one layer that lost nothing."""
+        self.total += ((a @ a.T) * (b.T @ b)).sum().item()
 
     def add(self, a: Tensor, residual: float) -> None:
         """Count one layer. a: its first factor, which holds half of the product as the second does."""

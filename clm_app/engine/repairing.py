@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from clm_app.engine.loop import Engine
 
 TRAINING_PASSES = 1.6  # what a token costs in training, in forward passes: 3 by operations, but a step is in bfloat16
-FOR_A_ROUTER = 0.25  # of the budget is left to one that is still to come: reading words is work, too, and not counted
+FOR_A_ROUTER = 0.35  # of the budget is left to one that is still to come: reading words is work, too, and not counted
 SVD_PASSES = 10  # of a weight, in forward passes of a token for each of its columns: about 20 m n min(m, n) operations
 LEAST_ROWS = 30  # of a task, however small the budget: fewer bound nothing
 ROUNDS = 3  # searches after one another, where the place that the worst task allows breaks another task's bound
@@ -467,7 +467,7 @@ class Climb:
         trained, knobs = self.done.figures, self.engine.knobs
         a_row = max(1.0, trained["tokens"] / (trained["steps"] * knobs.batch_rows))
         count = int(self.budget * self.tokens_of_training / (a_row * 2 * (len(self.whole) + self.settings.halvings)))
-        count = max(LEAST_ROWS, min(self.settings.val_rows, count))
+        count = min(self.settings.val_rows, max(LEAST_ROWS, count))
         rng = random.Random(f"{knobs.seed}/repair")
         return {task: rng.sample(rows, min(count, len(rows))) for task, rows in self.whole.items()}
 
