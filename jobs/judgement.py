@@ -59,16 +59,15 @@ class Judgement:
 
     def decide(self) -> Version:
         """Ask everything, write what is decided, move the live alias if it may; return the version as it is then."""
-        told = self.outcomes()
-        repair = self.figures.get("repair")
-        first = self.judged(self.outcomes(repair["first"]), looks=1) if repair else None
-        looks = 1 + repair["certificate"].get("test_looks", 1) if repair and repair["passed"] else 1
-        verdict = first if repair and not repair["passed"] else self.judged(told, looks)
-        verdict = _after_repair(verdict, repair)
+        told, repair, looks, verdicts = self.outcomes(), self.figures.get("repair"), 1, []
+        if repair and repair["passed"]:
+            verdicts.append(self.judged(self.outcomes(repair["first"]), looks, repair["first_weights"]))
+            looks += repair["certificate"]["test_looks"]
+        verdict = _after_repair(self.judged(told, looks), repair)
         if verdict.verdict == "promote":
             verdict = self.blocked(verdict)
         verdict = self.explained(verdict, told[0])
-        return self.write([first, verdict] if first and repair["passed"] else [verdict])
+        return self.write([*verdicts, verdict])
 
     # --- what is asked ------------------------------------------------------------------------------------------------
 
@@ -91,18 +90,21 @@ class Judgement:
         files = [self.workspace.objects.path(bound[when]) if bound[when] else None for when in ("before", "after")]
         return pair(task.name, *files, bound_to=bound)
 
-    def judged(self, told: tuple[Pair, list[Pair]], looks: int) -> Verdict:
-        """Ask the gate, and bind its evidence to the weights and the code."""
-        new, old = told
-        noise = self.figures.get("noise")
+    def judged(self, told: tuple[Pair, list[Pair]], looks: int, first_weights: str | None = None) -> Verdict:
+        """Ask the gate, and bind its evidence to the weights and the code.
+
+        first_weights: digest of the candidate's weights before they were repaired, which no probe and no benchmark read.
+        """
+        (new, old), noise = told, self.figures.get("noise")
+        others, floors = ([], []) if first_weights else (self.benchmarks(), self.floors())
         verdict = judge(
-            new, [*old, *self.benchmarks()], self.wish.gate, floors=self.floors(), looks=looks,
-            noise=Noise(**noise) if noise else None,
-        )  # fmt: skip
+            new, [*old, *others], self.wish.gate, floors=floors, looks=looks, noise=Noise(**noise) if noise else None
+        )
         weights = {
             when: {"version": v.name, "base": v.base_digest, "object": v.object}
             for when, v in (("before", self.parent), ("after", self.version))
         }
+        weights["after"]["object"] = first_weights or weights["after"]["object"]
         return verdict.model_copy(
             update={
                 "evidence": verdict.evidence

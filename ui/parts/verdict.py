@@ -15,6 +15,7 @@ CAPTION = (
     "The same test items before and after. Lower bound: with 95 % certainty the change is no lower; a task is kept where that "
     "excludes a loss of the margin, Holm over the tasks"
 )
+OUTCOMES = {"passed": "accepted", "failed": "refused", "no place": "refused"}
 SHOWN = 30  # flips
 
 
@@ -93,15 +94,20 @@ def _repair(told: dict[str, Any]) -> str:
         return ""
     heading = f"Repaired by {repair['rung']}" if repair["passed"] else "No repair passed"
     rows = [
-        [safe(step["rung"]), chip("passed", "accepted") if step.get("passed") else "–", safe(step.get("why", ""))]
-        for step in repair["tried"]
+        [safe(step["rung"]), chip(step["outcome"], OUTCOMES.get(step["outcome"], "candidate")), safe(step.get("reason", "–")),
+         f"{step.get('cost_share', 0.0):.1%}"] for step in repair["tried"]
     ]  # fmt: skip
     certificate = repair.get("certificate") or {}
     facts = "".join(
         f"<dt>{safe(name.replace('_', ' '))}</dt><dd>{safe(value)}</dd>" for name, value in certificate.items()
         if not isinstance(value, dict | list)
     )  # fmt: skip
-    steps = table(["Rung", "", "Why"], rows, "The ladder, cheapest rung first", is_safe=True) if rows else ""
+    heads = ["Rung", "", "Why", "Cost"]
+    steps = (
+        table(heads, rows, "The ladder, cheapest rung first; cost as a share of the training", is_safe=True)
+        if rows
+        else ""
+    )
     return f'<details><summary>{safe(heading)}</summary>{steps}<dl class="clm-facts">{facts}</dl></details>'
 
 
