@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationConfig
 
 from clm_app.catalog import pick
-from clm_app.data.template import load_tokenizer, neutral, prompt_ids, rendered
+from clm_app.data.template import load_tokenizer, neutral, prompt_ids
 from clm_app.engine import measure, probing
 from clm_app.engine.batches import IGNORED, answer_logits, tensors
 from clm_app.engine.routed import Routed
@@ -245,8 +245,9 @@ class Trained:
             ]
 
     def _prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return `prompt_ids` of each message, all encoded at once: half the time of one by one."""
-        told = [rendered(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        """Return `prompt_ids` of each message, all at once: half the time of one by one."""
+        turns = [[{"role": "user", "content": neutral(self.tokenizer, prompt)}] for prompt in prompts]
+        told = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) if turns else []
         return self.tokenizer(told, add_special_tokens=False)["input_ids"] if told else []
 
     def _replied(self, answers: Sequence[str]) -> list[list[int]]:
