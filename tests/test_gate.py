@@ -129,6 +129,12 @@ def test_what_was_never_measured_before_is_no_silent_pass(tmp_path):
     assert verdict.verdict == "inconclusive" and "never measured on Lamps" in verdict.sentence
 
 
+def test_a_benchmark_of_which_every_item_was_trained_on_decides_nothing():
+    leaked = Pair(task="Exam@1", before=[], after=[], left_out=["a", "b"])
+    verdict = judge(LEARNED, [leaked], GateSettings())
+    assert verdict.verdict == "inconclusive" and "all 2 test items of Exam@1 stand in training rows" in verdict.sentence
+
+
 def test_few_items_are_judged_by_the_likelihood_of_their_answers():
     calm, worse = losses(84, rise=0.0), losses(84, rise=0.1)
     kept = judge(LEARNED, [flips("Lamps", 84, 80, **calm)], GateSettings())

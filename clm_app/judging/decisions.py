@@ -45,6 +45,8 @@ def derived(workspace: Workspace, decision_id: int) -> Derived:
 
 def _pair(workspace: Workspace, line: dict) -> Pair:
     bound = line["bound_to"]
+    if not bound:
+        return Pair(task=line["task"], before=[], after=[], left_out=line["left_out"], **line["own"])
     try:
         before = workspace.objects.path(bound["before"]) if bound.get("before") else None
         after = workspace.objects.path(bound["after"])

@@ -364,6 +364,11 @@ def _said(new, is_learned, learned_p, findings, hurt, unclear, fallen, flips, se
 def _undecided(worst: Finding, how_many: int, settings: GateSettings) -> str:
     pair, n, margin = worst.pair, len(worst.pair.before), 100 * worst.margin
     others = f" and {how_many - 1} more" if how_many > 1 else ""
+    if not n and pair.left_out:
+        return (
+            f"Undecided: all {len(pair.left_out):,} test items of {pair.task}{others} stand in training rows, so nothing is left "
+            "to judge by. Make a benchmark of other items."
+        )
     if not n:
         return (
             f"Undecided: the live version was never measured on {pair.task}{others}, so there is nothing to compare with. "
