@@ -378,13 +378,15 @@ def test_choices_are_heard_each_with_its_end_whatever_fits_a_batch(sits, sitting
 
 
 @pytest.mark.parametrize("on", ["trained", "served"])
-def test_running_text_is_heard_as_the_probes_hear_it(sits, tiny_model, on):
+@pytest.mark.parametrize("window", [256, 16])
+def test_running_text_is_heard_as_the_probes_hear_it(sits, tiny_model, on, window):
     items = [
         BenchmarkItem(prompt=" ".join([prompt] * times)) for prompt, times in zip(PROMPTS[2:], (20, 3, 1), strict=True)
     ]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), load_tokenizer(tiny_model)
-    known = probing.likelihoods(model, [item.prompt for item in items], tokenizer, 256)
-    for line, one in zip(sits(items, "perplexity", on=on), known, strict=True):
+    known = probing.likelihoods(model, [item.prompt for item in items], tokenizer, window)
+    lines = sits(items, "perplexity", {"window_tokens": window}, on=on)
+    for line, one in zip(lines, known, strict=True):
         assert line["loss"] == pytest.approx(one.nats, rel=1e-5) and line["tokens"] == one.tokens
 
 

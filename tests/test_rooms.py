@@ -14,7 +14,10 @@ from clm_app.catalog import pick, shelf
 from clm_app.errors import BadSettings
 
 ROOT = Path(launch.__file__).parent
-SHELVES = ("clm_app.strategies", "clm_app.methods", "clm_app.probes", "clm_app.serving.backends", "ui.api", "ui.tabs")
+SHELVES = (
+    "clm_app.strategies", "clm_app.methods", "clm_app.probes", "clm_app.probes.kinds", "clm_app.repairs",
+    "clm_app.serving.backends", "ui.api", "ui.tabs",
+)  # fmt: skip
 SLOW = ("torch", "transformers", "gradio", "peft", "llama_cpp")
 
 OPEN_WITHOUT_THE_SLOW = """

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from clm_app.engine.examiner import ExaminationSettings, Paper, Sitting
 
 TELL_EVERY_S = 0.5
-WINDOW = 256  # tokens of running text read at once, as the probes do by default
-
 
 Ids = tuple[list[int], list[int]]  # of a prompt, and of an answer with its end token
 
@@ -216,10 +214,11 @@ class Trained:
 
     def _running(self, model, kind: Kind, prompts: list[str], items: list[BenchmarkItem]) -> Iterator[list[Found]]:
         """Hear how likely each whole text is, read in pieces as the probes read it."""
+        window = kind.settings.window_tokens
         lengths = [len(prompt) for prompt in prompts]  # letters: alike enough to batch by, and nothing is too long
         for places in batches(lengths, max(lengths, default=0), 4 * self.run.batch_tokens, measure.ROWS):
             texts = [prompts[i] for i in places]
-            found, took = _timed(lambda t=texts: probing.likelihoods(model, t, self.tokenizer, WINDOW))
+            found, took = _timed(lambda t=texts: probing.likelihoods(model, t, self.tokenizer, window))
             share = took / len(places)
             yield [
                 Found(i, Heard(nats=n, tokens=t, seconds=share), {}) for i, (n, t) in zip(places, found, strict=True)
@@ -387,7 +386,7 @@ class Served:
 
     def _running(self, kind: Kind, messages: list[Message], item: BenchmarkItem) -> Heard:
         """Return how likely the whole text is, in the same pieces as `probing.likelihoods` reads."""
-        tokenizer, window = self.tokenizer, min(WINDOW, self.prompt.context)
+        tokenizer, window = self.tokenizer, min(kind.settings.window_tokens, self.prompt.context)
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ids = tokenizer.encode(neutral(tokenizer, messages[0].content), add_special_tokens=False)
         pieces = [ids[first : first + window - 1] for first in range(0, len(ids), window - 1)]

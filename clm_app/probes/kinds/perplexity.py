@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind
+from pydantic import Field
+
+from clm_app.probes.kinds._base import BenchmarkItem, Heard, Kind, KindSettings
+
+
+class PerplexitySettings(KindSettings):
+    """How a text is read."""
+
+    window_tokens: int = Field(
+        256, ge=8, le=131_072, description="tokens read at once; a longer text is read in pieces, each on its own"
+    )
 
 
 class Perplexity(Kind):
@@ -23,6 +33,7 @@ class Perplexity(Kind):
     unit = "bits per byte"
     lower_is_better = True
     asks = "texts"
+    Settings = PerplexitySettings
 
     def outcome(self, item: BenchmarkItem, heard: Heard) -> dict:
         """Return item, score (bits per byte of this text), loss (summed nats), tokens, bytes. The text is what is `asked`."""
