@@ -17,7 +17,7 @@ from sqlmodel import Session
 from clm_app.catalog import pick
 from clm_app.data.ingest import rows_of
 from clm_app.data.rows import load
-from clm_app.data.vocabulary import refuse_other_tokens
+from clm_app.data.vocabulary import refuse_other_template, refuse_other_tokens
 from clm_app.data.withdrawal import counted, withdrawn_keys
 from clm_app.engine.memory import GB, disk_gb, free_gb, needed_gb
 from clm_app.errors import BadData, BadModel
@@ -132,9 +132,12 @@ def vocabulary_of(session: Session, version: Version) -> str:
 
 
 def refuse_other_vocabulary(session: Session, version: Version, base: Path) -> None:
-    """Raise BadSettings where the base's tokens are not those that the version was trained with."""
+    """Raise BadSettings where the base's tokens or chat template are not those that the version was trained with."""
     if then := vocabulary_of(session, version):
         refuse_other_tokens(base, then, version.name)
+    run = session.get(Run, version.run_id) if version.run_id else None
+    if run and run.figures.get("template") is not None:  # older runs did not note it
+        refuse_other_template(base, run.figures["template"], version.name)
 
 
 def refuse_damage(workspace: Workspace, version: Version) -> None:
@@ -149,6 +152,7 @@ def refuse_damage(workspace: Workspace, version: Version) -> None:
     for digest in {version.object, under} - {None}:
         try:
             place = workspace.objects.path(digest)
+            _refuse_cut_files(place, version.name)
             if _size(place) <= READ_WHOLE_GB * GB:
                 workspace.objects.verify(digest)
         except KeyError as err:
@@ -162,12 +166,16 @@ def refuse_damage(workspace: Workspace, version: Version) -> None:
                 "a backup, or start from another version."
             ) from err
     for folder in filter(None, versions.weights(workspace, version)):
-        for file in sorted(folder.rglob("*.safetensors")):
-            if file.stat().st_size != whole_size(file):
-                raise BadModel(
-                    f"{file}, which {version.name} stands on, is {file.stat().st_size:,} bytes long and not as long as it "
-                    "says itself: it was cut short. Put it back from a backup, or start from another version."
-                )
+        _refuse_cut_files(folder, version.name)
+
+
+def _refuse_cut_files(folder: Path, version: str) -> None:
+    for file in sorted(folder.rglob("*.safetensors")):
+        if file.stat().st_size != whole_size(file):
+            raise BadModel(
+                f"{file}, which {version} stands on, is {file.stat().st_size:,} bytes long and not as long as it "
+                "says itself: it was cut short. Put it back from a backup, or start from another version."
+            )
 
 
 def whole_size(file: Path) -> int:

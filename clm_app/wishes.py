@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlmodel import select
 
 from clm_app.catalog import pick
-from clm_app.data.ingest import find, tasks
+from clm_app.data.ingest import find, rows_of, split, tasks
 from clm_app.data.reading import read_rows
+from clm_app.data.soundness import refuse_untaught_classes
 from clm_app.data.streams import TaskSource
 from clm_app.engine.examiner import ExaminationSettings
 from clm_app.engine.memory import refuse_what_does_not_fit
@@ -28,7 +29,7 @@ from clm_app.strategies._base import Situation
 from clm_app.strategies._combined import choose, made, part_of
 from clm_app.workspace import Workspace
 from store.db import record
-from store.tables import Job
+from store.tables import Job, Snapshot
 from store.tables._columns import now
 from store.tables.work import ENDED
 
@@ -114,14 +115,30 @@ def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
 
 
 def _rows(workspace: Workspace, source: TaskSource) -> int:
-    """Return how many rows a task of the stream has, which all can be read."""
-    if source.path:
-        return len(read_rows(Path(source.path), workspace.settings).rows)
+    """Return how many rows a task of the stream has, which all can be read and teach every class that they test."""
     key = source.name.strip().lower()
-    if (taken := next((taken for task, taken in tasks(workspace) if task.key == key), None)) is None:
+    taken = next((taken for task, taken in tasks(workspace) if task.key == key), None)
+    known = set()
+    if source.path:
+        found = read_rows(Path(source.path), workspace.settings).rows
+        parts, count, where = split(found, seed=0), len(found), Path(source.path).name
+        known = _taught(workspace, taken) if taken else known
+    elif taken is None:
         raise NotThere(f"There is no task {source.name!r} and no file for it. Add the file on the Data tab first.")
-    stored(workspace, taken.object, f"The rows of {source.name}")
-    return taken.train_rows
+    else:
+        stored(workspace, taken.object, f"The rows of {source.name}")
+        parts = {part: rows_of(workspace, taken, part) for part in ("train", "test")}
+        count, where = taken.train_rows, source.name
+    refuse_untaught_classes(parts["train"], parts["test"], known, where)
+    return count
+
+
+def _taught(workspace: Workspace, taken: Snapshot) -> set[str]:
+    """Return the labels that a snapshot's training rows have; none where its rows are gone."""
+    try:
+        return {row.label for row in rows_of(workspace, taken, "train")}
+    except KeyError:
+        return set()
 
 
 def _refuse_what_cannot_start(workspace: Workspace, wish: LearnWish, rows: int) -> None:

@@ -132,7 +132,8 @@ def test_a_candidate_that_passed_is_refused_where_its_weights_or_what_is_served_
     def damaged(*_):
         raise BadModel("The weights of v1 are not what was stored: files were changed.")
 
-    differs = SimpleNamespace(verdict="differs", sentence="v1 does not answer as it was trained. BOS twice.")
+    differs = SimpleNamespace(verdict="differs", sentence="v1 does not answer as it was trained. BOS twice.",
+                              evidence={"cause": "bos_twice"})  # fmt: skip
     monkeypatch.setattr(judgement, "refuse_damage", damaged if damage == "weights" else lambda *_: None)
     monkeypatch.setattr(judgement.parity, "check", lambda *_: differs)
     asked = Judgement.__new__(Judgement)
@@ -141,6 +142,7 @@ def test_a_candidate_that_passed_is_refused_where_its_weights_or_what_is_served_
     passed = judge(Pair(task="Bikes", before=[0] * 40, after=[1] * 40), [], GateSettings())
     found = asked.blocked(passed)
     assert found.verdict == "hold" and found.evidence["blocked"] == found.sentence
+    assert [one["cause"] for one in found.evidence["causes"]] == ["bos_twice" if damage == "served" else "weights_damaged"]
     assert ("BOS twice" if damage == "served" else "are not what was stored") in found.sentence
     asked.wish = SimpleNamespace(check_served=False)
     assert asked.blocked(passed).verdict == ("hold" if damage == "weights" else "promote")

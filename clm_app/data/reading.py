@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clm_app.data.rows import Row
+from clm_app.data.soundness import refuse_wrapped
 from clm_app.errors import BadData
 from clm_app.settings import Settings
 
@@ -35,7 +36,8 @@ def read_rows(path: Path, settings: Settings) -> Reading:
     """Return the rows of a .jsonl, .json, .csv (each also .gz) or .parquet file, exact duplicates dropped.
 
     Raises:
-        BadData: the file cannot be read, has no usable columns, too few rows or a row that is too large.
+        BadData: the file cannot be read, has no usable columns, too few rows, a row that is too large, or prompts that
+            stand in a chat template already.
     """
     path = Path(path)
     found = list(records(path, settings))
@@ -54,6 +56,7 @@ def read_rows(path: Path, settings: Settings) -> Reading:
             f"{path.name} has {len(rows)} different row{'s' * (len(rows) != 1)}; at least {LEAST_ROWS} are needed, so "
             "that training, validation and test each get some. Add rows and try again."
         )
+    refuse_wrapped([row for row, _ in rows], path.name)
     return Reading(rows, _report([row for row, _ in rows], len(found)))
 
 
@@ -105,7 +108,8 @@ def _text(path: Path, settings: Settings) -> str:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
             content = handle.read(limit + 1)
     except (OSError, EOFError, zlib.error) as err:
-        raise BadData(f"{path.name} cannot be read: {err}. Check the file, and save it again.") from err
+        why = "it was cut short" if isinstance(err, EOFError) else err
+        raise BadData(f"{path.name} cannot be read: {why}. Check the file, and save it again.") from err
     if len(content) > limit:
         raise BadData(
             f"{path.name} unpacks to more than {settings.max_file_mb} MB. Split it, or raise CLM_MAX_FILE_MB."
@@ -120,25 +124,37 @@ def _text(path: Path, settings: Settings) -> str:
 
 
 def _jsonl(text: str, path: Path) -> Iterable[tuple[str, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"line {number}", _object(line, f"{path.name}, line {number}")
+            is_last = number == len(lines)  # what ends a file with a line break was written to its end
+            yield f"line {number}", _object(line, f"{path.name}, line {number}", is_last)
 
 
 def _json(text: str, path: Path) -> Iterable[tuple[str, dict]]:
     try:
         content = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as err:
-        raise BadData(f"{path.name} is not JSON: {err}. Give a list of objects, or a .jsonl file.") from err
+        cut = ", for it was cut short" if _is_cut(text, err) else ""
+        raise BadData(f"{path.name} is not JSON{cut}: {err}. Give a list of objects, or a .jsonl file.") from err
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise BadData(f'{path.name} is not a list of objects. Give [{{"prompt": …, "response": …}}, …].')
     return [(f"item {number}", item) for number, item in enumerate(content, 1)]
 
 
-def _object(line: str, place: str) -> dict:
+def _is_cut(text: str, err: Exception) -> bool:
+    """Say whether a text is no JSON since it lacks its end."""
+    return isinstance(err, json.JSONDecodeError) and ("Unterminated" in err.msg or err.pos >= len(text.rstrip()))
+
+
+def _object(line: str, place: str, is_last: bool) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as err:
+        if is_last and _is_cut(line, err):
+            raise BadData(
+                f"{place} is not JSON: it is the last one and ends in the middle, so the file was cut short. Copy it again."
+            ) from err
         raise BadData(f"{place} is not JSON: {err}. Each line is one object with prompt and response.") from err
     if not isinstance(record, dict):
         raise BadData(

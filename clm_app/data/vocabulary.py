@@ -1,4 +1,4 @@
-"""Which tokens a model folder has: token ids that were stored or learned with others mean something else now."""
+"""Which tokens and which chat template a model folder has: what was learned with others means something else now."""
 
 from __future__ import annotations
 
@@ -22,6 +22,28 @@ def vocabulary(folder: Path) -> str:
     ids = tokens.items() if isinstance(tokens, dict) else [(token, i) for i, (token, _) in enumerate(tokens)]
     added = [(token["content"], token["id"]) for token in found.get("added_tokens", ())]
     return hashlib.sha256(json.dumps(sorted({*ids, *added})).encode()).hexdigest()
+
+
+def template(folder: Path) -> str:
+    """Return a digest of the chat template in a model folder; empty where it has none, as base models come."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if not text and config.exists():
+        text = json.dumps(json.loads(config.read_text(encoding="utf-8")).get("chat_template") or "")
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+def refuse_other_template(base: Path, then: str, what: str) -> None:
+    """Raise where the chat template of a base is not the one that something was trained with; see `refuse_other_tokens`.
+
+    Raises:
+        BadSettings: they differ; every prompt would be written otherwise than in training.
+    """
+    if template(base) != then:
+        raise BadSettings(
+            f"{what} was trained with another chat template than {base} has now, so that every prompt would be written "
+            "otherwise than it has learned. Put chat_template.jinja back as it was, or start from v0."
+        )
 
 
 def refuse_other_tokens(base: Path, then: str, what: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from clm_app.catalog import pick
 from clm_app.data.rows import Row, dump, load
 from clm_app.data.template import load_tokenizer
-from clm_app.data.vocabulary import vocabulary
+from clm_app.data.vocabulary import template, vocabulary
 from clm_app.engine import checkpoints
 from clm_app.engine.batches import IGNORED, Encoded, answer_logits, batches, tensors
 from clm_app.engine.measure import noise, sit
@@ -30,7 +30,7 @@ from clm_app.engine.probing import reading
 from clm_app.engine.repairing import repaired
 from clm_app.engine.routed import Routed
 from clm_app.engine.settings import SMALL_MODEL
-from clm_app.errors import BadModel, OutOfRoom
+from clm_app.errors import BadData, BadModel, OutOfRoom
 from clm_app.events import Checkpointed, Event, Measured, Measuring, Probed, Progress, Started, Trained
 from clm_app.probes._base import made as made_probes
 from clm_app.routes import is_routed
@@ -192,6 +192,11 @@ class Engine:
         sourced = self.batch(step)
         rows = [row for _, row in sourced]
         batch = tensors(rows, self.encoded, self.device, self.hidden_share) | {"rows": sourced}
+        if step == 0 and not (batch["labels"] != IGNORED).any():
+            raise BadData(
+                f"No answer token is learned from: the mask of all {len(rows)} rows of the first step is empty, so that "
+                "training would teach nothing. Look whether the answers are empty once they are token ids."
+            )
         tokens = sum(len(prompt) + len(answer) for prompt, answer in map(self.encoded, rows))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             logits, targets = answer_logits(model, batch)
@@ -287,6 +292,8 @@ class Engine:
         figures = meter.figures() | sizes(model) | {
             "cut_rows": self.encoded.cut_rows, "rehearsed": self._rehearsed, "bfloat16": self.is_bfloat16,
             "vocabulary": vocabulary(place) or vocabulary(self.order.base),
+            "template": template(place) or template(self.order.base),
+            "learning_rate": self.peak, "usual_rate": self.method.learning_rate(self.hidden_size),
             "strategy": self.strategy.figures,
         }  # fmt: skip
         kind = self.strategy.weights_kind or self.method.weights_kind
@@ -320,6 +327,7 @@ class Meter:
         self.tokens_since = self.steps_taken = 0
         self.losses: list[torch.Tensor] = []
         self.loss, self.memory_mb = behind.get("loss", 0.0), behind.get("peak_memory_mb", 0.0)
+        self.first_loss = behind.get("first_loss")
         self._process = psutil.Process()
 
     def add(self, step: int, loss: torch.Tensor, tokens: int, rate: float) -> Progress | None:
@@ -330,6 +338,7 @@ class Meter:
         now = time.monotonic()
         if now - self.said < SAY_EVERY_S and step < self.steps:
             return None
+        self.first_loss = self.losses[0].item() if self.first_loss is None else self.first_loss
         self.loss, self.losses = torch.stack(self.losses).mean().item(), []
         if not math.isfinite(self.loss):
             raise BadModel(
@@ -344,10 +353,11 @@ class Meter:
                         memory_mb=memory / 1e6, at=time.time())  # fmt: skip
 
     def figures(self) -> dict:
-        """Return what the run's row keeps, over all attempts: steps, seconds, tokens/s, peak memory, last loss."""
+        """Return what the run's row keeps, over all attempts: steps, seconds, tokens/s, peak memory, first and last loss."""
         seconds = self.seconds + time.monotonic() - self.began
         return {
-            "steps": self.steps, "seconds": round(seconds, 2), "tokens": self.tokens, "loss": self.loss,
+            "steps": self.steps, "seconds": round(seconds, 2), "tokens": self.tokens,
+            "loss": self.loss, "first_loss": self.first_loss,
             "tokens_per_s": round(self.tokens / max(seconds, 1e-6)), "peak_memory_mb": round(self.memory_mb),
         }  # fmt: skip
 
