@@ -2,7 +2,8 @@
 
 Source: Zheng et al. 2023, MT-Bench (arXiv:2306.05685), section 3.4: a judge favours the reply that it reads first; a win is
 only what it says in both orders, all else is a tie. Its verdict is read strictly, as they write it: [[A]], [[B]] or [[C]].
-The judge is any OpenAI-compatible endpoint that the person names, our own included (http://127.0.0.1:7860/v1).
+The judge is any OpenAI-compatible endpoint that the person names, our own included (http://127.0.0.1:7860/v1), or
+whatever gives a reply to a message.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, NamedTuple
@@ -46,32 +47,22 @@ HERE = ("127.0.0.1", "::1", "localhost")
 AGAIN = (408, 409, 429, 500, 502, 503, 504)  # statuses that another try may mend
 
 
-class JudgeSettings(BaseModel):
-    """Who judges, and how it is asked."""
+class JudgingSettings(BaseModel):
+    """How a judge is asked."""
 
     model_config = ConfigDict(extra="forbid")
 
-    base_url: str = Field(description="address of the endpoint up to /v1; no other host is contacted")
-    model: str = Field("live", min_length=1, description="model that judges, as the endpoint calls it")
-    key: SecretStr = Field(SecretStr(""), description="of the endpoint, where it asks for one")
     rubric: str = Field(RUBRIC, description="what makes a reply the better one")
     template: str = Field(
         TEMPLATE, description="the judge's message; {rubric}, {prompt}, {expected}, {first} and {second} are filled in"
     )
     max_tokens: int = Field(512, ge=1, le=32_768, description="longest reply of the judge, in tokens")
     timeout_s: float = Field(120.0, gt=0, le=3600, description="seconds to wait for one verdict")
-    retries: int = Field(3, ge=0, le=10, description="tries after a failed one")
+    retries: int = Field(3, ge=0, le=10, description="tries after an endpoint's failed one")
     wait_s: float = Field(
         1.0, ge=0, le=60, description="seconds before the second try; twice as long before each further one"
     )
     at_once: int = Field(4, ge=1, le=64, description="pairs asked at the same time")
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_an_address(cls, base_url: str) -> str:
-        if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).hostname:
-            raise ValueError("an address begins with http:// or https://, such as http://127.0.0.1:7860/v1")
-        return base_url.rstrip("/")
 
     @field_validator("template")
     @classmethod
@@ -79,6 +70,21 @@ class JudgeSettings(BaseModel):
         if missing := [name for name in ("{first}", "{second}") if template.count(name) != 1]:
             raise ValueError(f"a judge must see both replies, each once; write {missing[0]} where it belongs")
         return template
+
+
+class JudgeSettings(JudgingSettings):
+    """Which endpoint judges, and how it is asked."""
+
+    base_url: str = Field(description="address of the endpoint up to /v1; no other host is contacted")
+    model: str = Field("live", min_length=1, description="model that judges, as the endpoint calls it")
+    key: SecretStr = Field(SecretStr(""), description="of the endpoint, where it asks for one")
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, base_url: str) -> str:
+        if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).hostname:
+            raise ValueError("an address begins with http:// or https://, such as http://127.0.0.1:7860/v1")
+        return base_url.rstrip("/")
 
     @model_validator(mode="after")
     def _keeps_its_key(self) -> JudgeSettings:
@@ -136,9 +142,7 @@ class Comparison(BaseModel):
 
 
 def judge(pairs: Sequence[Pair], settings: JudgeSettings) -> Iterator[Judged]:
-    """Yield what the judge says of each pair, in their order; keep these to go on later with the pairs that are left.
-
-    Two replies that are the same are a tie, and nothing is asked.
+    """Yield what the endpoint says of each pair; as `judged_by`.
 
     Raises:
         BadSettings: the endpoint refuses the request, or does not speak OpenAI's chat form.
@@ -147,12 +151,19 @@ def judge(pairs: Sequence[Pair], settings: JudgeSettings) -> Iterator[Judged]:
     key = settings.key.get_secret_value()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     # Neither a proxy from the environment nor a redirect may lead to a host that the person did not name.
-    with (
-        httpx.Client(timeout=settings.timeout_s, headers=headers, trust_env=False, follow_redirects=False) as http,
-        ThreadPoolExecutor(settings.at_once) as pool,
-    ):
+    with httpx.Client(timeout=settings.timeout_s, headers=headers, trust_env=False, follow_redirects=False) as http:
+        yield from judged_by(partial(_asked, http, settings), pairs, settings)
+
+
+def judged_by(ask: Callable[[str], str], pairs: Sequence[Pair], settings: JudgingSettings) -> Iterator[Judged]:
+    """Yield what a judge says of each pair, in their order; keep these to go on later with the pairs that are left.
+
+    ask: gives the judge's reply to a message; several threads call it. Two replies that are the same are a tie, and
+    nothing is asked.
+    """
+    with ThreadPoolExecutor(settings.at_once) as pool:
         yield from pool.map(
-            partial(_both_ways, http, settings), pairs
+            partial(_both_ways, ask, settings), pairs
         )  # an error or a stop cancels what is not asked yet
 
 
@@ -187,20 +198,17 @@ def verdict(reply: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _both_ways(http: httpx.Client, settings: JudgeSettings, pair: Pair) -> Judged:
+def _both_ways(ask: Callable[[str], str], settings: JudgingSettings, pair: Pair) -> Judged:
     if pair.new.strip() == pair.old.strip():
         return Judged(item=pair.key, says="tie")
-    replies = [
-        _asked(http, settings, _message(settings, pair, *order))
-        for order in ((pair.new, pair.old), (pair.old, pair.new))
-    ]
+    replies = [ask(_message(settings, pair, *order)) for order in ((pair.new, pair.old), (pair.old, pair.new))]
     first, second = map(verdict, replies)
     agreed = {("A", "B"): "win", ("B", "A"): "loss"}
     says = "unreadable" if first is None or second is None else agreed.get((first, second), "tie")
     return Judged(item=pair.key, says=says, new_first=replies[0], old_first=replies[1])
 
 
-def _message(settings: JudgeSettings, pair: Pair, first: str, second: str) -> str:
+def _message(settings: JudgingSettings, pair: Pair, first: str, second: str) -> str:
     """Return the judge's message, filled in one pass: "{second}" inside a reply stays what it is."""
     told = {"rubric": settings.rubric, "prompt": pair.prompt, "expected": pair.expected or "(not given)",
             "first": first, "second": second}  # fmt: skip
@@ -224,7 +232,7 @@ def _asked(http: httpx.Client, settings: JudgeSettings, message: str) -> str:
         reason = f"status {answer.status_code}"
     raise NotThere(
         f"The judge at {settings.base_url} gave no verdict in {settings.retries + 1} tries ({reason}). "
-        "Is it running? What was judged so far is kept; ask again to go on."
+        "Is it running? Ask again once it answers."
     )
 
 
