@@ -300,7 +300,10 @@ class Cycle:
         made = repair if repair.get("passed") else trained
         weights = objects.put(Path(made["folder"]), alike=order.adapter)
         places = {"new": str(run.snapshot_id), "state": f"state/{run.strategy}"}
-        kept = {places[name]: objects.put(Path(found)) for name, found in trained["memory"].items()}
+        memory = dict(trained["memory"])
+        if repair.get("passed"):  # a state is of the trained weights: the one before stays
+            memory.pop("state", None)
+        kept = {places[name]: objects.put(Path(found)) for name, found in memory.items()}
         figures = [(m, objects.put(Path(m["outcomes"]))) for m in result["measured"]]
         told = {"noise": result.get("noise"), "repair": None}
         if repair:

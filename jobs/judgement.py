@@ -6,13 +6,14 @@ off is simply made again; the decision, the version's state and its deployment a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from sqlmodel import Session, select
 
 from clm_app.catalog import shelf
 from clm_app.data.ingest import rows_of
-from clm_app.errors import BadModel
+from clm_app.errors import BadData, BadModel
 from clm_app.judging import approval, parity
 from clm_app.judging import benchmarks as shelf_of_benchmarks
 from clm_app.judging.causes import Case, Cause, causes
@@ -137,23 +138,31 @@ class Judgement:
 
     def benchmarks(self) -> list[Pair]:
         """Return every benchmark that this job holds its candidates to, as parent and candidate answer it when served."""
-        if not self.wish.benchmarks:
-            return []
         rows = [shelf_of_benchmarks.find(self.workspace, name) for name in self.wish.benchmarks]
-        before, after = (
-            examine(self.workspace, self.spawn, version, rows, "test", "served", lambda stage, _: self.beat(f"gate: {stage}"))
-            for version in (self.parent, self.version)
-        )
-        return [self._of_benchmark(*one) for one in zip(rows, before, after, strict=True)]
+        for version in (self.parent, self.version) if rows else ():
+            with contextlib.suppress(BadData):  # of one without a usable item: the others are heard, by the same child
+                self._examined(version, rows)
+        return [self._of_benchmark(row) for row in rows]
 
-    def _of_benchmark(self, row: Benchmark, before: BenchmarkReading, after: BenchmarkReading) -> Pair:
-        kind = shelf_of_benchmarks.kind_of(row)
-        return pair(
-            shelf_of_benchmarks.title(row), *(self.workspace.objects.path(found.object) for found in (before, after)),
-            margin_points=kind.margin_points, lower_is_better=kind.lower_is_better, is_share=kind.unit.startswith("share"),
-            left_out=shelf_of_benchmarks.clean_items(self.workspace, row, "test").left_out,
-            bound_to={"benchmark": row.object, "before": before.object, "after": after.object},
-        )  # fmt: skip
+    def _examined(self, version: Version, rows: list[Benchmark]) -> list[BenchmarkReading]:
+        """Return a version's readings as it is served; what was heard before costs nothing."""
+        return examine(
+            self.workspace, self.spawn, version, rows, "test", "served", lambda stage, _: self.beat(f"gate: {stage}")
+        )
+
+    def _of_benchmark(self, row: Benchmark) -> Pair:
+        """Return one benchmark's pair; without items where every one stands in training rows, which decides nothing."""
+        kind, left_out = shelf_of_benchmarks.kind_of(row), shelf_of_benchmarks.clean_items(self.workspace, row, "test").left_out
+        own = {"margin_points": kind.margin_points, "lower_is_better": kind.lower_is_better,
+               "is_share": kind.unit.startswith("share")}  # fmt: skip
+        title = shelf_of_benchmarks.title(row)
+        try:
+            before, after = (self._examined(version, [row])[0] for version in (self.parent, self.version))
+        except BadData:
+            return Pair(task=title, before=[], after=[], left_out=left_out, **own)
+        files = [self.workspace.objects.path(found.object) for found in (before, after)]
+        bound = {"benchmark": row.object, "before": before.object, "after": after.object}
+        return pair(title, *files, left_out=left_out, bound_to=bound, **own)
 
     def blocked(self, verdict: Verdict) -> Verdict:
         """Return the verdict, or a refusal where the stored weights are damaged or the served artefact differs."""
