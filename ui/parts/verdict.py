@@ -31,14 +31,16 @@ def verdict(decision: dict[str, Any], words: list[dict[str, Any]] = (), prompts:
     )  # fmt: skip
     body = (
         f'<p>{chip(word, colour)} <span class="clm-verdict">{safe(decision["sentence"])}</span></p>{said}'
-        f"{_causes(told)}{_tasks(told)}{_floors(told)}{_repair(told)}{_flips(told, prompts or {})}{_bound(decision)}"
+        f"{_causes(decision)}{_tasks(told)}{_floors(told)}{_repair(told)}{_flips(told, prompts or {})}{_bound(decision)}"
     )
     return card("What the gate decided", body, moment(decision["created_at"]))
 
 
-def _causes(told: dict[str, Any]) -> str:
-    causes = told.get("causes") or []
-    return "".join(f'<p class="clm-why">Likely cause: {safe(cause["sentence"])}</p>' for cause in causes)
+def _causes(decision: dict[str, Any]) -> str:
+    """Return the causes that were named, but for one that the sentence has already."""
+    causes = decision["evidence"].get("causes") or []
+    rest = [cause["sentence"] for cause in causes if cause["sentence"] not in decision["sentence"]]
+    return "".join(f'<p class="clm-why">{safe(sentence)}</p>' for sentence in rest)
 
 
 def _tasks(told: dict[str, Any]) -> str:
