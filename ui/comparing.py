@@ -63,9 +63,7 @@ class Side(BaseModel):
         try:
             return Endpoint(**self.model_dump(exclude={"version"}))
         except ValidationError as err:
-            first = err.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "base_url"
-            raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}.") from err
+            raise refusal(err) from err
 
     @property
     def name(self) -> str:
@@ -73,13 +71,20 @@ class Side(BaseModel):
         return self.version or f"{self.model} at {self.base_url}"
 
 
+def refusal(err: ValidationError) -> BadInput:
+    """Return what pydantic says of an address as a sentence."""
+    first = err.errors()[0]
+    name = ".".join(map(str, first["loc"])) or "base_url"
+    return BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}.")
+
+
 class PromptsWish(BaseModel):
     """Prompts that two sides answer greedily."""
 
     model_config = ConfigDict(extra="forbid")
 
-    left: Side
-    right: Side
+    left: Side = Field(description="who answers on the left")
+    right: Side = Field(description="who answers on the right")
     prompts: list[str] = Field(min_length=1, max_length=MOST_PROMPTS, description="what is asked, each on its own")
     max_tokens: int = Field(256, ge=1, le=8192, description="longest reply, in tokens")
     limit_s: float = Field(60.0, gt=0, le=600, description="longest time for one reply, in seconds")
@@ -238,7 +243,7 @@ def outputs(house: House, before: str, after: str, most: int = 10, limit_s: floa
     if asked:
         prompts = [flip["prompt"] for flip in asked]
         sides = Side(version=found["before"]), Side(version=found["after"])
-        old, new = (_replies(house, side, prompts, None, limit_s) for side in sides)
+        old, new = (replies_of(house, side, prompts, None, limit_s) for side in sides)
         told = [
             {name: flip[name] for name in ("task", "prompt", "response", "kind")}
             | _told(a.text, b.text)
@@ -269,8 +274,8 @@ def prompts(house: House, wish: PromptsWish) -> dict[str, Any]:
     """
     sides = wish.left, wish.right
     for side in sides:  # both are looked at before any is asked
-        versions.by_name(house.workspace, side.version) if side.version else side.endpoint()
-    old, new = (_replies(house, side, wish.prompts, wish.max_tokens, wish.limit_s) for side in sides)
+        named(house, side)
+    old, new = (replies_of(house, side, wish.prompts, wish.max_tokens, wish.limit_s) for side in sides)
     replies = [
         {"prompt": prompt, "left": a.text, "right": b.text, "left_s": a.seconds, "right_s": b.seconds,
          "left_tokens": a.tokens, "right_tokens": b.tokens}
@@ -280,24 +285,40 @@ def prompts(house: House, wish: PromptsWish) -> dict[str, Any]:
     return {"left": wish.left.name, "right": wish.right.name, "replies": replies}
 
 
+def named(house: House, side: Side) -> str:
+    """Return what a side is called in the record, where "live" would be another version tomorrow.
+
+    Raises:
+        NotThere, BadInput: as `prompts`.
+    """
+    if side.version:
+        return versions.by_name(house.workspace, side.version).name
+    return f"{side.model} at {side.endpoint().base_url}"
+
+
 def _told(before: str, after: str) -> dict[str, Any]:
     parts = word_diff(before, after)
     return {"before": before, "after": after, "parts": parts, "diff": as_text(parts)}
 
 
-def _replies(house: House, side: Side, asked: Iterable[str], max_tokens: int | None, limit_s: float) -> list[Reply]:
+def replies_of(house: House, side: Side, asked: Iterable[str], max_tokens: int | None, limit_s: float) -> list[Reply]:
     """Return a side's replies, one after the other."""
     longest = max_tokens or house.workspace.settings.max_new_tokens
     ask: Callable[[str], Reply]
     if side.version:
-        ask = lambda prompt: _of_version(house, side.version, prompt, longest, limit_s)  # noqa: E731
+        ask = lambda prompt: of_version(house, side.version, prompt, longest, limit_s)  # noqa: E731
     else:
         endpoint = side.endpoint()
         ask = lambda prompt: endpoint.ask(prompt, longest, limit_s)  # noqa: E731
     return [ask(prompt) for prompt in asked]
 
 
-def _of_version(house: House, version: str, prompt: str, max_tokens: int, limit_s: float) -> Reply:
+def of_version(house: House, version: str, prompt: str, max_tokens: int, limit_s: float) -> Reply:
+    """Return a version's greedy reply to one prompt, through the house's own router.
+
+    Raises:
+        NotThere: no such version. BadInput: the prompt does not fit. ChildFailed: it is not loaded, or the time is over.
+    """
     if house.router is None:
         raise ChildFailed("No model can be served yet. Try again in a moment.")
     began, text, tokens = time.monotonic(), "", 0

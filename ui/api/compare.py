@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from clm_app.judging import bisect
 from clm_app.judging.standing import standings
 from clm_app.registry import card, versions
-from ui import comparing
+from ui import comparing, judging
 from ui.api._base import Api
 from ui.parts.radar import radar
 from ui.parts.report import report
@@ -23,7 +23,7 @@ Format = Literal["html", "csv"]
 
 
 class Compare(Api):
-    """GET /api/compare/…, /api/standings, their exports and …/{name}/card.md; POST /api/compare/prompts, /api/bisect."""
+    """GET /api/compare/…, /api/standings, their exports and …/{name}/card.md; POST /api/compare/prompts, …/judged, /api/bisect."""
 
     def routes(self) -> APIRouter:
         """Return the router."""
@@ -43,6 +43,21 @@ class Compare(Api):
         def prompts(wish: comparing.PromptsWish) -> dict[str, Any]:
             """Return what two versions or endpoints reply to the same prompts, with the words that differ."""
             return comparing.prompts(self.house, wish)
+
+        @router.post("/api/compare/judged")
+        def judged(wish: judging.JudgedWish) -> dict[str, Any]:
+            """Let a model judge what two versions or endpoints reply, each pair in both orders; what it said is kept."""
+            return judging.judged(self.house, wish)
+
+        @router.get("/api/compare/judged")
+        def judged_before(limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> list[dict[str, Any]]:
+            """Return what judges said before, newest first, without the pairs."""
+            return judging.before(workspace, limit)
+
+        @router.get("/api/compare/judged/{number}")
+        def judged_once(number: int) -> dict[str, Any]:
+            """Return one of them with its pairs."""
+            return judging.once(workspace, number)
 
         @router.get("/api/compare/export")
         def export(

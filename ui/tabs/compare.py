@@ -8,12 +8,16 @@ import gradio as gr
 
 from clm_app.data import ingest
 from clm_app.errors import BadInput, plain
-from clm_app.judging import bisect
+from clm_app.judging import benchmarks, bisect
+from clm_app.judging.pairwise import RUBRIC, JudgingSettings
 from clm_app.judging.standing import standings
 from clm_app.registry import versions
-from ui import comparing, questions
+from ui import comparing, judging, questions
+from ui.judging import JudgedWish
 from ui.parts.broken import broken
+from ui.parts.forms import meaning
 from ui.parts.job_card import job_card
+from ui.parts.judged import judged, judged_before
 from ui.parts.live import Live, drawing
 from ui.parts.radar import radar
 from ui.parts.side_by_side import replies, side_by_side
@@ -23,6 +27,11 @@ from ui.parts.words import notice, safe
 from ui.tabs._base import Tab
 
 SPOKES = 3  # a radar of fewer tasks is a line
+SOURCES = [
+    ("the prompts above", "prompts"),
+    ("a benchmark's validation items", "benchmark"),
+    ("rows that flipped", "flipped"),
+]
 
 
 class Compare(Tab):
@@ -43,9 +52,9 @@ class Compare(Tab):
         self.compared = drawing(elem_id="clm-compared")
         self.replies = drawing(elem_id="clm-replies")
         asked = ask.click(self._replies, [self.before, self.after], self.replies, concurrency_id="replies")
-        return [asked, self._build_prompts(), self._build_bisect()]
+        return [asked, *self._build_prompts(), self._build_bisect()]
 
-    def _build_prompts(self):
+    def _build_prompts(self) -> list:
         with gr.Accordion("Your own prompts, and other endpoints", open=False):
             with gr.Row():
                 self.left = gr.Textbox(label="Left", value="live", info="a version, or the address of an endpoint",
@@ -58,11 +67,32 @@ class Compare(Tab):
                 label="Prompts, one on each line", lines=3, max_length=20_000, elem_id="clm-prompts"
             )
             outside = gr.Checkbox(False, label="An address may be outside this machine",
-                                  info="the prompts are sent there")  # fmt: skip
+                                  info="the prompts are sent there; to a judge the replies too")  # fmt: skip
             go = gr.Button("Ask both", elem_id="clm-prompts-ask")
             self.answers = drawing(elem_id="clm-prompts-answer")
+            judge, given = self._build_judge()
+            self.verdict = drawing(elem_id="clm-judge-answer")
+            self.judged = drawing(elem_id="clm-judged")
         sides = [self.left, self.left_model, self.right, self.right_model]
-        return go.click(self._prompts, [*sides, self.prompts, outside], self.answers, concurrency_id="replies")
+        return [
+            go.click(self._prompts, [*sides, self.prompts, outside], self.answers, concurrency_id="replies"),
+            judge.click(self._judge, [*sides, self.prompts, outside, *given], self.verdict, concurrency_id="replies"),
+        ]
+
+    def _build_judge(self) -> tuple[gr.Button, list]:
+        """Make the form of the judge; return its button and what it is given beside the two sides."""
+        fields = JudgedWish.model_fields | JudgingSettings.model_fields
+        with gr.Row(equal_height=True, elem_classes="clm-section"):
+            drawing("<h3>Let a model judge</h3>", min_width=200)
+            judge = gr.Textbox(label="Judge", value="live", info="a version, or the address of an endpoint", min_width=220,
+                               elem_id="clm-judge")  # fmt: skip
+            model = gr.Textbox(label="Its model", info="of an endpoint alone", min_width=160, elem_id="clm-judge-model")
+            source = gr.Dropdown(SOURCES, value="prompts", label="Asked", min_width=200, elem_id="clm-judge-source")
+            self.benchmark = gr.Dropdown([], label="Benchmark", info="its validation items", min_width=160)
+            most = gr.Number(fields["most"].default, label="Most", info=meaning(fields["most"]), min_width=220)
+        rubric = gr.Textbox(RUBRIC, label="Rubric", info=fields["rubric"].description, elem_id="clm-rubric")
+        button = gr.Button("Let it judge", elem_id="clm-judge-ask")
+        return button, [judge, model, source, self.benchmark, most, rubric]
 
     def _build_bisect(self):
         with gr.Accordion("Which update broke a task?", open=False):
@@ -87,6 +117,8 @@ class Compare(Tab):
             Live([self.compared], self._compare, [self.before, self.after]),
             Live([self.task, self.good, self.bad], self._choices, [self.task, self.good, self.bad]),
             Live([self.search], self._search),
+            Live([self.benchmark], self._benchmarks, [self.benchmark]),
+            Live([self.judged], lambda: judged_before(judging.before(self.workspace))),
         ]
 
     def _names(self) -> list[str]:
@@ -129,13 +161,32 @@ class Compare(Tab):
     def _prompts(self, left: str, left_model: str, right: str, right_model: str, prompts: str, outside: bool) -> str:
         try:
             sides = [_side(*one, outside) for one in ((left, left_model), (right, right_model))]
-            asked = [line.strip() for line in prompts.splitlines() if line.strip()]
-            if not asked:
-                raise BadInput("There is no prompt. Write one on each line.")
-            wish = comparing.PromptsWish(left=sides[0], right=sides[1], prompts=asked)
+            wish = comparing.PromptsWish(left=sides[0], right=sides[1], prompts=_lines(prompts))
             return replies(comparing.prompts(self.house, wish))
         except Exception as err:
             return notice(plain(err), "problem")
+
+    def _judge(
+        self, left: str, left_model: str, right: str, right_model: str, prompts: str, outside: bool, judge: str,
+        judge_model: str, source: str, benchmark: str | None, most: float, rubric: str,
+    ) -> str:  # fmt: skip
+        """Let a model say whose replies are better. Each pair is asked twice, so it takes a while."""
+        try:
+            named = ((left, left_model), (right, right_model), (judge, judge_model))
+            first, second, third = (_side(*one, outside) for one in named)
+            wish = JudgedWish(
+                left=first, right=second, judge=third, most=most, judging=JudgingSettings(rubric=rubric),
+                **_source(source, prompts, benchmark),
+            )  # fmt: skip
+            return judged(judging.judged(self.house, wish))
+        except Exception as err:
+            return notice(plain(err), "problem")
+
+    def _benchmarks(self, chosen: str | None):
+        titles = [benchmarks.title(row) for row in benchmarks.everything(self.workspace)]
+        return gr.update(choices=titles) if chosen in titles else gr.update(
+            choices=titles, value=titles[0] if titles else None
+        )  # fmt: skip
 
     def _choices(self, task: str | None, good: str | None, bad: str | None):
         tasks, names = [t.name for t, _ in ingest.tasks(self.workspace)], self._names()
@@ -169,6 +220,24 @@ def _side(name: str, model: str, outside: bool) -> comparing.Side:
     if "://" not in name:
         return comparing.Side(version=name)
     return comparing.Side(base_url=name, model=model.strip(), outside=outside)
+
+
+def _lines(prompts: str) -> list[str]:
+    """Return the prompts that were written, one on each line."""
+    if not (found := [line.strip() for line in prompts.splitlines() if line.strip()]):
+        raise BadInput("There is no prompt. Write one on each line.")
+    return found
+
+
+def _source(source: str, prompts: str, benchmark: str | None) -> dict:
+    """Return what is asked, as a JudgedWish says it."""
+    if source == "prompts":
+        return {"prompts": _lines(prompts)}
+    if source == "flipped":
+        return {"flipped": True}
+    if not benchmark:
+        raise BadInput("There is no benchmark yet. Freeze one on the Benchmarks tab, or write prompts.")
+    return {"benchmark": benchmark}
 
 
 def _exports(path: str) -> str:
