@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from clm_app.judging import paired
 from clm_app.judging.paired import holm, mcnemar
 
+UNSEEN = 0.03  # a share beyond the margin: so large a loss has to be excluded by right and wrong at least, see _by_likelihood
+SURELY = 5  # times less often than alpha it may be missed (LOG.md, "The gate")
 CLIPPED = 5.0  # nats per answer token: beyond, one item would decide for all of them
 MOST_FLIPS_PERCENT = (
     3.0  # negative flips that an update of equal quality makes: 2 to 3 % (Yan et al. 2021, arXiv:2011.09161)
@@ -258,7 +260,11 @@ def _findings(old: list[Pair], settings: GateSettings, alpha: float) -> list[Fin
 
 
 def _by_likelihood(found: list[Finding], settings: GateSettings, alpha: float) -> list[Finding]:
-    """Look at what accuracy leaves open through the loss of the right answers, which every item moves a little."""
+    """Look at what accuracy leaves open through the loss of the right answers, which every item moves a little.
+
+    It says "kept" only where items are many enough for a loss to show at all: an update that leaves most answers as they were
+    to the last bit, as a router does, and spoils one in twenty, moves no likelihood on items that miss these.
+    """
     able = [
         f for f in found
         if f.status == "unclear" and settings.loss_margin and f.margin and len(f.pair.rises) >= settings.least_items
@@ -269,7 +275,8 @@ def _by_likelihood(found: list[Finding], settings: GateSettings, alpha: float) -
         bound = paired.mean_bound(finding.pair.rises, alpha)
         finding.rise, finding.rise_upper = bound.mean, bound.upper
         is_within = -finding.pair.change <= 100 * finding.margin
-        if p_kept < alpha and is_within:
+        is_seen = _p_kept(finding.pair, finding.margin + UNSEEN) < alpha / SURELY
+        if p_kept < alpha and is_within and is_seen:
             finding.status, finding.by = "kept", "likelihood"
         elif p_hurt < alpha and not is_within:
             finding.status, finding.by, finding.p_hurt = "hurt", "likelihood", p_hurt

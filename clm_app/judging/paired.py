@@ -5,8 +5,8 @@ right and are wrong now, `gained` ones the other way round. Only flips carry inf
 items bounds what an unseen flip could weigh.
 
 Sources: score test and interval of a paired difference, Tango 1998 (Statistics in Medicine 17, 891); exact test of no
-change, McNemar 1947; several tests, Holm 1979; sample size, Lu and Bean 1995 (Statistics in Medicine 14, 1831) in its
-simple form. How well the levels hold: LOG.md, "The gate".
+change, McNemar 1947; several tests, Holm 1979; sample size, Lu and Bean 1995 (Statistics in Medicine 14, 1831), with
+the variance of both hypotheses. How well the levels hold: LOG.md, "The gate".
 """
 
 from __future__ import annotations
@@ -122,13 +122,16 @@ def mean_p(differences: Sequence[float], bound: float = 0.0) -> float:
 def items_needed(margin: float, discordant_share: float, alpha: float = 0.05, power: float = 0.8) -> int:
     """Return how many items exclude a loss of `margin` with this power where the versions are truly alike.
 
-    discordant_share: of items that flip either way. At least as many as it takes where not one flips.
+    discordant_share: of items that flip either way. The variance under a loss of the margin is the score test's own, so that
+    where not one flips it is as many items as that test takes.
     """
     if not margin:
         return 1
     z, more = _quantile(1 - alpha), _quantile(power)
-    where_none_flips = z * z * (1 - margin) / margin
-    return math.ceil(max(where_none_flips, (z + more) ** 2 * discordant_share / margin**2))
+    b, c = 2 * margin - discordant_share, -discordant_share / 2 * margin * (1 - margin)
+    rare = (math.sqrt(b * b - 8 * c) - b) / 4  # as in `score`, at equal shares of lost and gained items
+    spread = z * math.sqrt(2 * rare + margin * (1 - margin)) + more * math.sqrt(discordant_share)
+    return math.ceil((spread / margin) ** 2)
 
 
 def margin_seen(lost: int, gained: int, n: int, alpha: float = 0.05) -> float:
