@@ -26,13 +26,13 @@ from clm_app.events import AnyEvent, Failed, Measuring, Progress, Started
 from clm_app.probes._base import made as made_probes
 from clm_app.provenance import code_version
 from clm_app.registry import versions
-from clm_app.registry.versions import lineage
+from clm_app.registry.versions import lineage, measurement
 from clm_app.situations import situation, vocabulary_of
 from clm_app.strategies._base import Choice, Situation
 from clm_app.strategies._combined import choose, part_of
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
-from jobs.judgement import MAIN, Judgement, measurement
+from jobs.judgement import MAIN, Judgement
 from jobs.queue import Cancelled, Queue
 from store.db import record
 from store.tables import Job, Measurement, ProbeReading, Run, Snapshot, Task, Version
@@ -41,7 +41,13 @@ from store.tables._columns import now
 ATTEMPTS = 3  # children tried for one run; each goes on from the last checkpoint
 BEAT_S = 1.0
 NAIVE = "naive"
-STATES = ("accepted", "refused", "comparison", "waiting", "undecided")  # of what a job made; the first three are always told
+STATES = (
+    "accepted",
+    "refused",
+    "comparison",
+    "waiting",
+    "undecided",
+)  # of what a job made; the first three are always told
 
 
 class Cycle:

@@ -22,7 +22,7 @@ from clm_app.judging.gate import Floor, Noise, Pair, Verdict, judge, pair
 from clm_app.probes._base import SHELF, Probe
 from clm_app.provenance import code_version
 from clm_app.registry import versions
-from clm_app.registry.versions import lineage
+from clm_app.registry.versions import lineage, measurement
 from clm_app.situations import refuse_damage
 from clm_app.wishes import LearnWish
 from clm_app.workspace import Workspace
@@ -34,7 +34,6 @@ from store.tables import (
     BenchmarkReading,
     Decision,
     Job,
-    Measurement,
     ProbeReading,
     Run,
     Snapshot,
@@ -152,7 +151,10 @@ class Judgement:
 
     def _of_benchmark(self, row: Benchmark) -> Pair:
         """Return one benchmark's pair; without items where every one stands in training rows, which decides nothing."""
-        kind, left_out = shelf_of_benchmarks.kind_of(row), shelf_of_benchmarks.clean_items(self.workspace, row, "test").left_out
+        kind, left_out = (
+            shelf_of_benchmarks.kind_of(row),
+            shelf_of_benchmarks.clean_items(self.workspace, row, "test").left_out,
+        )
         own = {"margin_points": kind.margin_points, "lower_is_better": kind.lower_is_better,
                "is_share": kind.unit.startswith("share")}  # fmt: skip
         title = shelf_of_benchmarks.title(row)
@@ -226,17 +228,9 @@ def _after_repair(verdict: Verdict, repair: dict | None) -> Verdict:
 
 def _block(verdict: Verdict, sentence: str, cause: Cause) -> Verdict:
     evidence = verdict.evidence | {"blocked": sentence}
-    return with_causes(verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": evidence}), [cause])
-
-
-def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
-    """Return a version's exact match on a snapshot's test items, or None where it was not measured."""
-    return session.exec(
-        select(Measurement).where(
-            Measurement.version_id == version_id, Measurement.snapshot_id == snapshot_id,
-            Measurement.split == "test", Measurement.metric == "exact_match",
-        ).order_by(Measurement.id.desc())
-    ).first()  # fmt: skip
+    return with_causes(
+        verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": evidence}), [cause]
+    )
 
 
 def newest_reading(session: Session, version_id: int, probe: str) -> ProbeReading | None:

@@ -220,7 +220,10 @@ def test_no_more_adapters_are_made_than_there_may_be(learn):
     second = learn("two", "Animals", first, strategy_settings={"most_adapters": 1})
     assert Router.load(second.place).folders == {"Colours": "adapters/0000", "Animals": "adapters/0000"}
     assert second.trained.figures["rehearsed"] == {"1": 24}
-    assert learn("three", "Animals", first, strategy_settings={"most_adapters": 2}).trained.figures["strategy"]["adapters"] == 2
+    assert (
+        learn("three", "Animals", first, strategy_settings={"most_adapters": 2}).trained.figures["strategy"]["adapters"]
+        == 2
+    )
 
 
 def test_what_the_choice_asked_of_the_router_is_not_asked_again(learn, monkeypatch):
@@ -465,9 +468,17 @@ def test_auto_says_what_the_router_and_the_room_made_it_choose(known, settings, 
 @pytest.mark.parametrize(
     ("kept", "strategy", "says"),
     [
-        ({"Cards": 5, "Loans": 0}, "replay", "No rows of Loans are kept, so that nothing protects what it knew of them"),
+        (
+            {"Cards": 5, "Loans": 0},
+            "replay",
+            "No rows of Loans are kept, so that nothing protects what it knew of them",
+        ),
         ({"Cards": 0, "Loans": 0}, "lwf", "and no rows of Cards and Loans are kept"),
-        ({"Cards": 5, "Loans": 8}, "replay", "Replay of at most 50 kept rows of each task: the version to go on from holds"),
+        (
+            {"Cards": 5, "Loans": 8},
+            "replay",
+            "Replay of at most 50 kept rows of each task: the version to go on from holds",
+        ),
     ],
 )
 def test_auto_rehearses_over_one_set_of_weights_where_rows_are_kept_and_says_whose_are_not(kept, strategy, says):
@@ -477,8 +488,12 @@ def test_auto_rehearses_over_one_set_of_weights_where_rows_are_kept_and_says_who
 
 def test_the_router_says_where_held_out_prompts_would_go_and_who_is_likest():
     held_out = [Row(prompt=f"{word} and then", response="x") for word in ("cat", "dog", "red")]
-    found = routing(router(Colours=COLOURS), "Animals", [Row(**row) for row in make_rows(24, TASKS["Animals"])], held_out)
-    assert found.routed_to == pytest.approx({"Animals": 2 / 3, "Colours": 1 / 3}) and list(found.routed_to)[0] == "Animals"
+    found = routing(
+        router(Colours=COLOURS), "Animals", [Row(**row) for row in make_rows(24, TASKS["Animals"])], held_out
+    )
+    assert (
+        found.routed_to == pytest.approx({"Animals": 2 / 3, "Colours": 1 / 3}) and list(found.routed_to)[0] == "Animals"
+    )
     assert found.nearest == "Colours"
 
 

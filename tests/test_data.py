@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_during_an_upload_is_a_sentence_too(workspace, monk
         async with httpx.AsyncClient(transport=door, base_url="http://127.0.0.1") as client:
             return await client.post("/api/tasks", data={"name": "Lamps"}, files={"file": ("a.jsonl", b"{}")})
 
-    monkeypatch.setattr(Data, "_write", full)
+    monkeypatch.setattr(Data, "receive", full)
     answer = asyncio.run(upload())
     assert answer.status_code == 507 and "The disk is full. Free some space" in answer.json()["error"]
     assert count_rows(workspace)["Task"] == 0 and not list(workspace.uploads.iterdir())

@@ -142,7 +142,9 @@ def test_a_candidate_that_passed_is_refused_where_its_weights_or_what_is_served_
     passed = judge(Pair(task="Bikes", before=[0] * 40, after=[1] * 40), [], GateSettings())
     found = asked.blocked(passed)
     assert found.verdict == "hold" and found.evidence["blocked"] == found.sentence
-    assert [one["cause"] for one in found.evidence["causes"]] == ["bos_twice" if damage == "served" else "weights_damaged"]
+    assert [one["cause"] for one in found.evidence["causes"]] == [
+        "bos_twice" if damage == "served" else "weights_damaged"
+    ]
     assert ("BOS twice" if damage == "served" else "are not what was stored") in found.sentence
     asked.wish = SimpleNamespace(check_served=False)
     assert asked.blocked(passed).verdict == ("hold" if damage == "weights" else "promote")

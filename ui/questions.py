@@ -394,7 +394,10 @@ def readings(workspace: Workspace, version: Version) -> list[dict[str, Any]]:
     """
     found = []
     with workspace.read() as session:
-        mine, parent = _read(session, version.id), session.get(Version, version.parent_id) if version.parent_id else None
+        mine, parent = (
+            _read(session, version.id),
+            session.get(Version, version.parent_id) if version.parent_id else None,
+        )
         before = _read(session, parent.id) if parent else {}
         for name, cls in shelf(SHELF).items():
             if (now := mine.get(name)) is None:

@@ -7,7 +7,9 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from clm_app.engine.order import Order
 from clm_app.errors import plain
@@ -25,24 +27,51 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def main(file: Path) -> int:
-    """Do the order in `file`; write result.json beside it and return 0, or say why not and return 1."""
+def bordered(work: Callable[[], object], explained: Callable[[Exception], BaseException] = lambda error: error) -> int:
+    """Do a child's work behind all others of the machine; say that it is done and return 0, or say why not and return 1.
+
+    explained: gives an error its remedy, where it needs one.
+    """
     end_with_parent()
     if hasattr(os, "nice"):
         os.nice(15)  # the page and the serving hosts come first; measured: their p95 stays at 4 ms
-    order = Order.model_validate_json(file.read_text(encoding="utf-8"))
+    try:
+        work()
+    except Exception as error:  # the border of the child: a row and the log are told
+        say(Failed(sentence=plain(explained(error)), detail=traceback.format_exc()))
+        return 1
+    say(Finished())
+    return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once: all that matters is synced, and taking torch apart first costs seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(file: Path) -> int:
+    """Do the order in `file` and write result.json beside it; see `bordered`."""
+
+    def explained(error: Exception) -> BaseException:
+        from clm_app.engine.loop import explain
+
+        return explain(error)
+
+    return bordered(lambda: train(Order.model_validate_json(file.read_text(encoding="utf-8"))), explained)
+
+
+def train(order: Order) -> None:
+    """Do a training order, and write its result whole or not at all."""
     import torch
 
-    from clm_app.engine.loop import Engine, explain
+    from clm_app.engine.loop import Engine
 
     if order.threads:
         torch.set_num_threads(order.threads)
-    try:
-        engine = Engine(order, say)
-        trained, measured = engine.run()
-    except Exception as error:  # the border of the child: a row and the log are told
-        say(Failed(sentence=plain(explain(error)), detail=traceback.format_exc()))
-        return 1
+    engine = Engine(order, say)
+    trained, measured = engine.run()
     draft = order.folder / ".result.json"
     told = {
         "measured": [m.model_dump() for m in measured], "probed": [p.model_dump() for p in engine.probed],
@@ -52,12 +81,7 @@ def main(file: Path) -> int:
     with open(draft, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(draft, order.folder / "result.json")
-    say(Finished())
-    return 0
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # all that matters is synced; taking torch apart first costs seconds per run
+    leave(main(Path(sys.argv[1])))

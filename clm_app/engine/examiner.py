@@ -6,17 +6,14 @@ again and goes on behind the last whole line.
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clm_app.engine.child import end_with_parent
-from clm_app.errors import plain
-from clm_app.events import Failed, Finished, say
+from clm_app.engine.child import bordered, leave
+from clm_app.events import say
 
 
 class ExaminationSettings(BaseModel):
@@ -63,28 +60,20 @@ class Sitting(BaseModel):
 
 
 def main(file: Path) -> int:
-    """Sit every paper of the sitting in `file` and return 0, or say why not and return 1."""
-    end_with_parent()
-    if hasattr(os, "nice"):
-        os.nice(15)  # as the training child: the page and the serving hosts come first
-    try:
-        sitting = Sitting.model_validate_json(file.read_text(encoding="utf-8"))
-        if sitting.on == "served":
-            from clm_app.serving.host import prepare_environment
+    """Sit every paper of the sitting in `file`; see `bordered`."""
+    return bordered(lambda: sit(Sitting.model_validate_json(file.read_text(encoding="utf-8"))))
 
-            prepare_environment(sitting.threads)
-        from clm_app.engine.examining import sit_all
 
-        sit_all(sitting, say)
-    except Exception as error:  # the border of the child: a row and the log are told
-        say(Failed(sentence=plain(error), detail=traceback.format_exc()))
-        return 1
-    say(Finished())
-    return 0
+def sit(sitting: Sitting) -> None:
+    """Sit every paper, with the threads and the environment of a host where a version is heard as it is served."""
+    if sitting.on == "served":
+        from clm_app.serving.host import prepare_environment
+
+        prepare_environment(sitting.threads)
+    from clm_app.engine.examining import sit_all
+
+    sit_all(sitting, say)
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # all that matters is synced; taking torch apart first costs seconds per run
+    leave(main(Path(sys.argv[1])))

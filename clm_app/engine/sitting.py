@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clm_app.engine.child import end_with_parent
+from clm_app.engine.child import bordered, leave
 from clm_app.engine.order import Exam
-from clm_app.errors import plain
-from clm_app.events import Failed, Finished, Measured, Measuring, say
+from clm_app.events import Measured, Measuring, say
 
 
 class Sitting(BaseModel):
@@ -54,21 +51,9 @@ def sit(order: Sitting) -> Measured:
 
 
 def main(file: Path) -> int:
-    """Do the order in `file` and return 0, or say why not and return 1."""
-    end_with_parent()
-    if hasattr(os, "nice"):
-        os.nice(15)  # as the training child: the page and the serving hosts come first
-    try:
-        sit(Sitting.model_validate_json(file.read_text(encoding="utf-8")))
-    except Exception as error:  # the border of the child: a row and the log are told
-        say(Failed(sentence=plain(error), detail=traceback.format_exc()))
-        return 1
-    say(Finished())
-    return 0
+    """Do the order in `file`; see `bordered`."""
+    return bordered(lambda: sit(Sitting.model_validate_json(file.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # taking torch apart costs seconds, and all that matters is written
+    leave(main(Path(sys.argv[1])))

@@ -21,6 +21,7 @@ from clm_app.errors import BadInput, NotThere
 from clm_app.judging.gate import exact_outcomes
 from clm_app.judging.paired import mcnemar
 from clm_app.registry import versions
+from clm_app.registry.versions import measurement
 from clm_app.situations import refuse_damage, stored
 from clm_app.workspace import Workspace
 from store.db import record
@@ -177,16 +178,6 @@ def _best(session: Session, chain: list[Version], task: Task, taken: Snapshot) -
     raise BadInput(
         f"No version before {chain[-1].name} was measured on {task.name} or learned it. Name the good version yourself."
     )
-
-
-def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
-    """Return a version's newest exact match on a snapshot's test rows, or None where it was not measured."""
-    return session.exec(
-        select(Measurement).where(
-            Measurement.version_id == version_id, Measurement.snapshot_id == snapshot_id,
-            Measurement.split == "test", Measurement.metric == "exact_match",
-        ).order_by(Measurement.id.desc())
-    ).first()  # fmt: skip
 
 
 def _known(workspace: Workspace, version: Version, taken: Snapshot) -> Measurement | None:

@@ -17,10 +17,10 @@ from clm_app import __version__
 from clm_app.data.rows import load
 from clm_app.data.withdrawal import withdrawn_keys
 from clm_app.errors import BadModel
-from clm_app.judging.bisect import measurement
 from clm_app.judging.gate import exact_outcomes
 from clm_app.judging.standing import Standing, standings, wilson
 from clm_app.registry import versions
+from clm_app.registry.versions import measurement
 from clm_app.workspace import Workspace
 from store.tables import (
     Approval,

@@ -149,6 +149,16 @@ def lineage(session: Session, version: Version) -> list[tuple[Snapshot, Task]]:
     return list(reversed(learned.values()))
 
 
+def measurement(session: Session, version_id: int, snapshot_id: int) -> Measurement | None:
+    """Return a version's newest exact match on a snapshot's test rows, or None where it was not measured."""
+    return session.exec(
+        select(Measurement).where(
+            Measurement.version_id == version_id, Measurement.snapshot_id == snapshot_id,
+            Measurement.split == "test", Measurement.metric == "exact_match",
+        ).order_by(Measurement.id.desc())
+    ).first()  # fmt: skip
+
+
 def everything(workspace: Workspace) -> list[Version]:
     """Return every version, newest first."""
     with workspace.read() as session:

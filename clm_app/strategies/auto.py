@@ -95,7 +95,9 @@ def _one_set_of_weights(situation: Situation, rows: float) -> Choice:
     missing = [task for task, count in kept.items() if not count]
     if rows and (not kept or len(missing) < len(kept)):
         count = max(1, round(rows * situation.new_rows))
-        gap = f" No rows of {listed(missing)} are kept, so that nothing protects what it knew of them." if missing else ""
+        gap = (
+            f" No rows of {listed(missing)} are kept, so that nothing protects what it knew of them." if missing else ""
+        )
         return Choice("replay", {"rows_per_task": count}, (
             f"Replay of at most {count} kept rows of each task: {cause}, so that task adapters cannot be used.{gap}"
         ))  # fmt: skip

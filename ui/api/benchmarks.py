@@ -16,8 +16,6 @@ from clm_app.registry import versions
 from store.tables import Benchmark
 from ui.api._base import Api
 
-MB = 1024 * 1024
-
 
 class Benchmarks(Api):
     """GET and POST /api/benchmarks, GET …/{name}, …/{name}/items and …/{name}/readings, POST /api/examine."""
@@ -90,16 +88,9 @@ class Benchmarks(Api):
         return router
 
     def _from_upload(self, file: UploadFile, name: str, kind: str, settings: dict) -> Benchmark:
-        most = self.house.workspace.settings.max_file_mb
         with tempfile.TemporaryDirectory(dir=self.house.workspace.uploads) as folder:
             path = Path(folder) / (Path(file.filename or "").name or "items.jsonl")
-            written = 0
-            with open(path, "wb") as out:
-                while block := file.file.read(MB):
-                    written += len(block)
-                    if written > most * MB:
-                        raise BadData(f"{path.name} is larger than {most} MB. Split it, or raise CLM_MAX_FILE_MB.")
-                    out.write(block)
+            self.receive(file, path)
             return benchmarks.from_file(self.house.workspace, name or path.stem, path, kind, settings, self.house.actor)
 
 

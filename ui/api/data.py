@@ -10,11 +10,9 @@ from fastapi import APIRouter, File, Form, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from clm_app.data import ingest, withdrawal
-from clm_app.errors import BadData, NotThere
+from clm_app.errors import NotThere
 from store.tables import Snapshot, Task
 from ui.api._base import Api
-
-MB = 1024 * 1024
 
 
 class WithdrawWish(BaseModel):
@@ -43,7 +41,7 @@ class Data(Api):
             """Check a file of rows and freeze it as a new task; the whole file is refused or taken."""
             with tempfile.TemporaryDirectory(dir=workspace.uploads) as folder:
                 path = Path(folder) / (Path(file.filename or "rows.jsonl").name or "rows.jsonl")
-                self._write(file, path)
+                self.receive(file, path)
                 taken = ingest.snapshot(workspace, name, path, self.house.actor)
             return next(_plain(t, s) for t, s in ingest.tasks(workspace) if s.id == taken.id)
 
@@ -65,16 +63,6 @@ class Data(Api):
             return withdrawal.withdraw(workspace, wish.key, wish.reason, self.house.actor).model_dump(mode="json")
 
         return router
-
-    def _write(self, file: UploadFile, path: Path) -> None:
-        most = self.house.workspace.settings.max_file_mb
-        written = 0
-        with open(path, "wb") as out:
-            while block := file.file.read(MB):
-                written += len(block)
-                if written > most * MB:
-                    raise BadData(f"{path.name} is larger than {most} MB. Split it, or raise CLM_MAX_FILE_MB.")
-                out.write(block)
 
 
 def _plain(task: Task, taken: Snapshot) -> dict[str, Any]:

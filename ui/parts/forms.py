@@ -53,7 +53,9 @@ def widget(name: str, field: FieldInfo) -> gr.components.Component:
     if kinds == [bool]:
         return gr.Checkbox(value=default, label=label, info=info, min_width=220)
     if _is_several(field.annotation):
-        return gr.Textbox(value=", ".join(default or ()), label=label, info=f"{info} (with commas between)", min_width=220)
+        return gr.Textbox(
+            value=", ".join(default or ()), label=label, info=f"{info} (with commas between)", min_width=220
+        )
     is_optional = field.annotation is not kinds[0]
     if kinds in ([int], [float]) and not is_optional:  # an empty number widget sends 0, so it cannot say "not given"
         return gr.Number(value=default, label=label, info=info, min_width=220)  # no bounds: the model refuses in words
