@@ -218,11 +218,11 @@ def _after_repair(verdict: Verdict, repair: dict | None) -> Verdict:
     sentence, told = verdict.sentence, verdict.evidence | {"repair": repair}
     if verdict.verdict == "repair":
         tried = ", ".join(step["rung"] for step in repair["tried"]) if repair else ""
-        sentence = f"{sentence.replace('Needs repair', 'Refused', 1)} "
-        sentence += f"No repair passed (tried: {tried})." if tried else "No repair was tried."
+        sentence = sentence.replace("Needs repair", "Refused", 1).removesuffix(".")
+        sentence += f"; no repair passed (tried: {tried})." if tried else "; no repair was tried."
         return verdict.model_copy(update={"verdict": "hold", "sentence": sentence, "evidence": told})
     if repair and verdict.verdict == "promote":
-        sentence = f"{sentence} It was repaired first: {repair['certificate'].get('sentence', repair['rung'])}"
+        sentence = f"{sentence.removesuffix('.')}; it was repaired first, by {repair['rung']}."
     return verdict.model_copy(update={"sentence": sentence, "evidence": told})
 
 

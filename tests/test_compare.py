@@ -198,7 +198,7 @@ def test_a_line_begins_where_a_task_was_learned_and_breaks_where_it_was_not_meas
 
 def test_a_plot_that_would_say_nothing_is_a_sentence(workspace):
     line = Line(workspace, "A")
-    assert "Nothing is learned yet" in trends(standings(workspace))
+    assert "has learned nothing yet" in trends(standings(workspace))
     line.learn(1, {1: right(3)})
     assert "needs three tasks" in radar(standings(workspace), ["v1"])
 

@@ -42,7 +42,7 @@ def judged(open_app, tmp_path_factory):
 def test_what_hurts_an_old_task_is_refused_where_no_repair_may_be_tried(judged):
     app, stories = judged
     (decision,) = stories["unrepaired"]["decisions"]
-    assert decision["verdict"] == "hold" and decision["sentence"].endswith("No repair was tried.")
+    assert decision["verdict"] == "hold" and decision["sentence"].endswith("; no repair was tried.")
     assert "it learned Animals" in decision["sentence"] and "it forgets Colours" in decision["sentence"]
     assert stories["unrepaired"]["result"]["refused"] == ["v2"]
 
@@ -53,7 +53,7 @@ def test_the_same_update_is_repaired_first_and_promoted_with_its_certificate(jud
     assert (first["verdict"], last["verdict"]) == ("repair", "promote"), last["sentence"]
     assert (
         first["sentence"].startswith("Needs repair: it learned Animals")
-        and "It was repaired first: " in last["sentence"]
+        and "; it was repaired first, by " in last["sentence"]
     )
     repair = last["evidence"]["repair"]
     assert repair["passed"] and repair["rung"] == repair["tried"][-1]["rung"] and repair["certificate"]["bounds"]

@@ -77,6 +77,8 @@ def follow(door: Door, job_id: int, console: Console) -> dict[str, Any]:
             for decision in story["decisions"][said:]:
                 colour = {"promote": "green", "hold": "red"}.get(decision["verdict"], "yellow")
                 progress.console.print(f"[{colour}]{decision['version']}[/] {decision['sentence']}")
+                for cause in decision["evidence"].get("causes", ()):
+                    progress.console.print(f"[dim]{cause['sentence']}[/]")
             said = len(story["decisions"])
             if story["status"] in ENDED:
                 return story

@@ -55,12 +55,8 @@ def causes(case: Case) -> list[Cause]:
 
 
 def told(verdict: Verdict, found: list[Cause]) -> Verdict:
-    """Return the verdict with its causes in the evidence, and the first at the end of a sentence that refuses or is undecided."""
-    sentence = verdict.sentence
-    if found and verdict.verdict in ("hold", "inconclusive") and found[0].sentence not in sentence:
-        sentence = f"{sentence} {found[0].sentence}"
-    evidence = verdict.evidence | {"causes": [cause._asdict() for cause in found]}
-    return verdict.model_copy(update={"sentence": sentence, "evidence": evidence})
+    """Return the verdict with its causes in the evidence; its sentence stays the one that the gate said."""
+    return verdict.model_copy(update={"evidence": verdict.evidence | {"causes": [cause._asdict() for cause in found]}})
 
 
 # --- looks, in the order in which they are taken: what is certain before what is likely ---------------------------------
