@@ -208,6 +208,7 @@ class Stream:
     def cell(self, position: int, task: str, strategy: str, asked, engine: Callable = Engine) -> None:
         """Train and measure once, and add the line."""
         shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)  # half a cell would have half of its time
+        asked.folder.mkdir(parents=True, exist_ok=True)
         at_trained: list[tuple[float, float]] = []
         clock = lambda: (time.process_time(), time.monotonic())  # noqa: E731
         say = lambda event: at_trained.append(clock()) if isinstance(event, Trained) else None  # noqa: E731
