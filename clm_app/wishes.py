@@ -104,7 +104,8 @@ def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
         BadInput: a file cannot be used, or the model does not fit this machine as it is now.
         NotThere: a task has no file and no snapshot, or there is no version to start from.
     """
-    rows = [_rows(workspace, source) for source in wish.stream]
+    learned = _learned(workspace, wish)
+    rows = [_rows(workspace, source, learned) for source in wish.stream]
     _refuse_what_cannot_start(workspace, wish, rows[0])
     with workspace.write() as session:
         job = Job(kind="learn", wish=wish.model_dump(mode="json"), asked_by=by, stage="waiting for the clock")
@@ -114,23 +115,34 @@ def ask(workspace: Workspace, wish: LearnWish, by: str) -> Job:
     return job
 
 
-def _rows(workspace: Workspace, source: TaskSource) -> int:
-    """Return how many rows a task of the stream has, which all can be read and teach every class that they test."""
+def _rows(workspace: Workspace, source: TaskSource, learned: dict[str, Snapshot]) -> int:
+    """Return how many rows a task of the stream has, which all can be read and teach every class that they test.
+
+    learned: {key of a task: the rows that the version to start from has learned of it}; what these taught is known.
+    """
     key = source.name.strip().lower()
     taken = next((taken for task, taken in tasks(workspace) if task.key == key), None)
-    known = set()
     if source.path:
         found = read_rows(Path(source.path), workspace.settings).rows
         parts, count, where = split(found, seed=0), len(found), Path(source.path).name
-        known = _taught(workspace, taken) if taken else known
     elif taken is None:
         raise NotThere(f"There is no task {source.name!r} and no file for it. Add the file on the Data tab first.")
     else:
         stored(workspace, taken.object, f"The rows of {source.name}")
         parts = {part: rows_of(workspace, taken, part) for part in ("train", "test")}
         count, where = taken.train_rows, source.name
+    known = _taught(workspace, learned[key]) if key in learned else ()
     refuse_untaught_classes(parts["train"], parts["test"], known, where)
     return count
+
+
+def _learned(workspace: Workspace, wish: LearnWish) -> dict[str, Snapshot]:
+    """Return {key of a task: its rows} of what the version to start from has learned; a fresh home stays as it is."""
+    if not versions.everything(workspace):
+        return {}
+    parent = versions.by_name(workspace, wish.start_from)
+    with workspace.read() as session:
+        return {task.key: taken for taken, task in versions.lineage(session, parent)}
 
 
 def _taught(workspace: Workspace, taken: Snapshot) -> set[str]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import cached_property
 
 from sqlmodel import Session, select
 
 from clm_app.catalog import shelf
 from clm_app.data.ingest import rows_of
+from clm_app.data.rows import Row
 from clm_app.errors import BadData, BadModel
 from clm_app.judging import approval, parity
 from clm_app.judging import benchmarks as shelf_of_benchmarks
-from clm_app.judging.causes import Case, Cause, causes
+from clm_app.judging.causes import Case, Cause, causes, guessing
 from clm_app.judging.causes import told as with_causes
 from clm_app.judging.gate import Floor, Noise, Pair, Verdict, judge, pair
 from clm_app.probes._base import SHELF, Probe
@@ -98,8 +100,9 @@ class Judgement:
         (new, old), noise = told, self.figures.get("noise")
         others, floors = ([], []) if first_weights else (self.benchmarks(), self.floors())
         verdict = judge(
-            new, [*old, *others], self.wish.gate, floors=floors, looks=looks, noise=Noise(**noise) if noise else None
-        )
+            new, [*old, *others], self.wish.gate, floors=floors, looks=looks, noise=Noise(**noise) if noise else None,
+            guessing=guessing(self.rows),
+        )  # fmt: skip
         weights = {
             when: {"version": v.name, "base": v.base_digest, "object": v.object}
             for when, v in (("before", self.parent), ("after", self.version))
@@ -187,10 +190,13 @@ class Judgement:
         """Return the verdict with the causes that can be named of what went wrong."""
         if "blocked" in verdict.evidence:
             return verdict
+        return with_causes(verdict, causes(Case(verdict, new, self.rows, self.figures, self.wish.training.model_dump())))
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The training rows of the new task."""
         with self.workspace.read() as session:
-            taken = session.get_one(Snapshot, self.run.snapshot_id)
-        rows = [] if verdict.verdict == "promote" else rows_of(self.workspace, taken, "train")
-        return with_causes(verdict, causes(Case(verdict, new, rows, self.figures, self.wish.training.model_dump())))
+            return rows_of(self.workspace, session.get_one(Snapshot, self.run.snapshot_id), "train")
 
     # --- what is decided ----------------------------------------------------------------------------------------------
 

@@ -192,7 +192,7 @@ class Engine:
         sourced = self.batch(step)
         rows = [row for _, row in sourced]
         batch = tensors(rows, self.encoded, self.device, self.hidden_share) | {"rows": sourced}
-        if step == 0 and not (batch["labels"] != IGNORED).any():
+        if step == 0 and not (batch["labels"][:, 1:] != IGNORED).any():  # the first column is predicted by nobody
             raise BadData(
                 f"No answer token is learned from: the mask of all {len(rows)} rows of the first step is empty, so that "
                 "training would teach nothing. Look whether the answers are empty once they are token ids."

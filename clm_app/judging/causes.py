@@ -7,18 +7,19 @@ and only where it explains what was seen; an update that was promoted has none, 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from clm_app.data.rows import Row
-from clm_app.data.soundness import following
-from clm_app.judging.gate import Pair, Verdict
+from clm_app.data.soundness import Following, following
+from clm_app.judging.gate import Guessing, Pair, Verdict
 
 TOO_FAST = 5  # times the method's own learning rate; from there on the rate is suspected
 UNMOVED = 1e-4  # nats per answer token: the same weights differ from themselves by 1e-6 in batches of other rows
 HARDLY = 0.9  # of the loss of the first step; a run that learns ends below half of it
 MOST_CUT = 0.5  # share of rows that lost a part of their tokens
-LOOKED_AT = 5000  # rows, at most, that are asked whether answers follow from prompts
+LOOKED_AT = 2000  # rows, at most, that are asked whether answers follow from prompts
 
 
 class Cause(NamedTuple):
@@ -59,6 +60,19 @@ def told(verdict: Verdict, found: list[Cause]) -> Verdict:
     return verdict.model_copy(update={"evidence": verdict.evidence | {"causes": [cause._asdict() for cause in found]}})
 
 
+def guessing(rows: list[Row]) -> Guessing | None:
+    """Return what guesses and counting words get on a new task of classes; None where its labels are no classes."""
+    found = _following(rows)
+    if found is None:
+        return None
+    most = Counter(row.label for row in rows).most_common(1)[0][1] / len(rows)
+    return Guessing(chance=max(most, found.by_chance), words=found.right)
+
+
+def _following(rows: list[Row]) -> Following | None:
+    return following(random.Random(0).sample(rows, min(LOOKED_AT, len(rows))))
+
+
 # --- looks, in the order in which they are taken: what is certain before what is likely ---------------------------------
 
 
@@ -96,8 +110,7 @@ def _learning_rate(case: Case) -> str:
 def _shuffled_labels(case: Case) -> str:
     if case.is_learned:
         return ""
-    rows = random.Random(0).sample(case.rows, min(LOOKED_AT, len(case.rows)))
-    found = following(rows)
+    found = _following(case.rows)
     if found is None or not found.is_nothing:
         return ""
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from clm_app.errors import BadInput, NotThere
-from clm_app.judging.gate import Floor, GateSettings, Noise, Pair, Verdict, judge, pair
+from clm_app.judging.gate import Floor, GateSettings, Guessing, Noise, Pair, Verdict, judge, pair
 from clm_app.workspace import Workspace
 from store.tables import Decision
 
@@ -38,7 +38,7 @@ def derived(workspace: Workspace, decision_id: int) -> Derived:
     again = judge(
         _pair(workspace, told["new"]), [_pair(workspace, line) for line in told["old"]], GateSettings(**told["settings"]),
         floors=[Floor(**floor) for floor in told["general"]], noise=Noise(**told["noise"]) if told["noise"] else None,
-        looks=told["looks"],
+        looks=told["looks"], guessing=Guessing(**told["guessing"]) if told.get("guessing") else None,
     )  # fmt: skip
     return Derived(again, again.model_dump(include={"verdict", "sentence"}) == told["gate"])
 

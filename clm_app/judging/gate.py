@@ -23,6 +23,7 @@ from clm_app.judging import paired
 from clm_app.judging.paired import holm, mcnemar
 
 UNSEEN = 0.03  # a share beyond the margin: so large a loss has to be excluded by right and wrong at least, see _by_likelihood
+BESIDE_WORDS = 0.5  # of what counting words gets is the least that counts as learned
 SURELY = 5  # times less often than alpha it may be missed (LOG.md, "The gate")
 CLIPPED = 5.0  # nats per answer token: beyond, one item would decide for all of them
 MOST_FLIPS_PERCENT = (
@@ -143,6 +144,13 @@ class Noise(BaseModel):
         return self.flips / self.items if self.items else 0.0
 
 
+class Guessing(BaseModel):
+    """What a task of classes gives to who has learned nothing of it, and what counting words gets. Shares right, 0..1."""
+
+    chance: float = Field(description="by one and the same answer, or by guesses as frequent as the classes")
+    words: float = Field(description="by counting the words of the training rows, on rows that were not counted")
+
+
 class Floor(BaseModel):
     """One general probe, before and after: its change with a 95 % interval over items."""
 
@@ -197,14 +205,17 @@ def judge(
     floors: list[Floor] = [],  # noqa: B006 never changed
     noise: Noise | None = None,
     looks: int = 1,
+    guessing: Guessing | None = None,
 ) -> Verdict:
     """Compare candidate and live version on the same items and say promote, hold, repair or inconclusive.
 
     old: every old task, and every benchmark that the candidate is held to. floors: general probes. looks: how many
-    candidates of this training are judged on the same TEST items; alpha is shared among them (Bonferroni).
+    candidates of this training are judged on the same TEST items; alpha is shared among them (Bonferroni). guessing: of a
+    new task of classes; who does not beat chance, or is not half as good as counting words, has learned nothing.
     """
     alpha = settings.alpha / max(looks, 1)
     learned_p, gain = _gain(new, noise)
+    learned_p = max(learned_p, _guessed(new, guessing))
     is_learned = learned_p < alpha
     findings = _findings(old, settings, alpha)
     hurt = sorted((f for f in findings if f.status == "hurt"), key=lambda f: f.pair.change)
@@ -214,11 +225,12 @@ def judge(
     evidence = {
         "new": _line(new, learned_p) | {"gain_lower_points": 100 * gain, "learned": is_learned},
         "old": [f.line() for f in findings], "general": [floor.model_dump() for floor in floors],
-        "negative_flips": flips, "noise": noise.model_dump() if noise else None, "looks": looks, "alpha": alpha,
+        "negative_flips": flips, "noise": noise.model_dump() if noise else None,
+        "guessing": guessing.model_dump() if guessing else None, "looks": looks, "alpha": alpha,
         "settings": settings.model_dump(), "flips": _flips([new, *old]),
         "test": "Tango's score test of non-inferiority, exact one-sided McNemar for gain and harm, Holm over the old tasks",
     }  # fmt: skip
-    verdict, sentence = _said(new, is_learned, learned_p, findings, hurt, unclear, fallen, flips, settings)
+    verdict, sentence = _said(new, is_learned, learned_p, findings, hurt, unclear, fallen, flips, settings, guessing)
     return Verdict(verdict=verdict, sentence=sentence, evidence=evidence)
 
 
@@ -237,6 +249,18 @@ def _gain(new: Pair, noise: Noise | None) -> tuple[float, float]:
     if floor and n:  # not only more than chance: more than the same weights differ from themselves
         p = max(p, paired.non_inferiority(new.lost, new.gained, n, -floor))
     return p, lower
+
+
+def _guessed(new: Pair, guessing: Guessing | None) -> float:
+    """Return the p-value of "this many are right by chance"; 1.0 where counting words gets more than twice as many."""
+    if guessing is None or new.is_graded or not new.after:
+        return 0.0
+    right, n = round(sum(new.after)), len(new.after)
+    if right < BESIDE_WORDS * guessing.words * n:
+        return 1.0
+    from scipy.stats import binom
+
+    return float(binom.sf(right - 1, n, guessing.chance))
 
 
 def _findings(old: list[Pair], settings: GateSettings, alpha: float) -> list[Finding]:
@@ -335,7 +359,7 @@ def _negative_flips(old: list[Pair], settings: GateSettings, alpha: float) -> di
 # --- the sentence -----------------------------------------------------------------------------------------------------
 
 
-def _said(new, is_learned, learned_p, findings, hurt, unclear, fallen, flips, settings) -> tuple[str, str]:
+def _said(new, is_learned, learned_p, findings, hurt, unclear, fallen, flips, settings, guessing) -> tuple[str, str]:
     """Return (verdict, sentence). Plain harm comes first, then what was not learned, then what cannot be told."""
     gain = f"{_share(new.before)} → {_share(new.after)} right" if not new.is_graded else f"{new.change:+.1f} points"
     if hurt:
@@ -356,9 +380,11 @@ def _said(new, is_learned, learned_p, findings, hurt, unclear, fallen, flips, se
             "add rows."
         )
     if not is_learned:
-        return (
-            "hold",
-            f"Refused: it did not learn {new.task}: {_share(new.before)} right before, {_share(new.after)} now ({_p(learned_p)}).",
+        beside = _p(learned_p)
+        if guessing:
+            beside = f"guesses get {100 * guessing.chance:.0f} %, and counting words {100 * guessing.words:.0f} %"
+        return "hold", (
+            f"Refused: it did not learn {new.task}: {_share(new.before)} right before, {_share(new.after)} now ({beside})."
         )
     if unclear:
         return "inconclusive", _undecided(
