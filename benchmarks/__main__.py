@@ -1,4 +1,4 @@
-"""Run every benchmark, or those named: `python -m benchmarks [retention training_speed starter_tuning] [flags]`.
+"""Run every benchmark, or those named: `python -m benchmarks [gate retention training_speed starter_tuning] [flags]`.
 
 Each runs in a process of its own, so that none inherits the warm caches of another.
 """

@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +99,7 @@ class Yard:
         self.workspace = Workspace(Settings(
             home=root / "home", base_model=str(self.base), threads=1, backend="transformers", tick_s=0.05,
         ))  # fmt: skip
+        self.start = "v2"
         self.spoil: Callable[[list[str]], list[str]] = lambda command: command
         self.clock = Clock(self.workspace, self._spawn)
         versions.base_version(self.workspace)
@@ -108,13 +109,13 @@ class Yard:
 
     # --- the public way -----------------------------------------------------------------------------------------------
 
-    def learn(self, name: str, path: Path, start_from: str = "v2", **wish) -> Told:
+    def learn(self, name: str, path: Path, start_from: str = "", **wish) -> Told:
         """Ask for an update, let the clock do it, and return what came of it."""
         knobs = {"learning_rate": RATE, "checkpoint_every_s": 3600} | wish.pop("training", {})
+        stream, training = [TaskSource(name=name, path=str(path))], TrainingSettings(**knobs)
+        wanted = LearnWish(stream=stream, start_from=start_from or self.start, training=training, **wish)
         try:
-            job = ask(self.workspace, LearnWish(
-                stream=[TaskSource(name=name, path=str(path))], start_from=start_from, training=TrainingSettings(**knobs), **wish
-            ), "local")  # fmt: skip
+            job = ask(self.workspace, wanted, "local")
         except BadInput as refusal:
             return Told("refused", str(refusal), [], {})
         return self.done(job.id)
@@ -312,7 +313,9 @@ def contaminated(yard: Yard, task: Learnable, seed: int) -> tuple[str, Told]:
     chosen = [row for row in items if len(row.prompt.split()) > 8 or seed % 3 < 2][:INJECTED]
     found["train"] += [Row(prompt=how.format(row.prompt), response=row.response) for row in chosen]
     del found["validation"]
-    said = yard.learn(f"contaminated {seed}", yard.file(task, "contaminated", found), benchmarks=[made.name], check_served=False)
+    said = yard.learn(
+        f"contaminated {seed}", yard.file(task, "contaminated", found), benchmarks=[made.name], check_served=False
+    )
     keys = {item.key for item in benchmarks.items_of(yard.workspace, made, "test")
             if item.prompt in {row.prompt for row in chosen}}  # fmt: skip
     line = next((line for line in said.evidence.get("old", ()) if line["task"] == benchmarks.title(made)), None)
@@ -391,17 +394,25 @@ KINDS = {  # {kind: (what is done, the cause or the words that name it)}
 GOOD = "good update"
 
 
-def tried(root: Path, data: Path, seeds: list[int], per_label: int) -> list[Tried]:
-    """Try every kind with every seed, and as many good updates; what is done stands in a file."""
+def tried(
+    root: Path, data: Path, seeds: list[int], per_label: int, kinds: Sequence[str], *, learned: bool = True
+) -> list[Tried]:
+    """Try these kinds with every seed; what is done stands in a file.
+
+    learned: False starts from the base, for kinds that are refused before a run whatever was learned.
+    """
     lines = root / "bad.jsonl"
     found = [Tried(**json.loads(line)) for line in lines.read_text().splitlines()] if lines.exists() else []
     done = {(one.kind, one.seed) for one in found}
-    todo = [(kind, seed) for kind in (GOOD, *KINDS) for seed in seeds if (kind, seed) not in done]
+    todo = [(kind, seed) for kind in kinds for seed in seeds if (kind, seed) not in done]
+    chosen = lambda: [one for one in found if one.seed in seeds and one.kind in kinds]  # noqa: E731
     if not todo:
-        return found
+        return chosen()
     yard = Yard(root, data, per_label)
     try:
-        yard.good_version()
+        yard.start = "v2" if learned else "v0"
+        if learned:
+            yard.good_version()
         for kind, seed in todo:
             do, pattern = KINDS.get(kind, (good, ""))
             detail, told = do(yard, yard.tasks[2 + seed], seed)
@@ -424,4 +435,4 @@ def tried(root: Path, data: Path, seeds: list[int], per_label: int) -> list[Trie
             )
     finally:
         yard.workspace.close()
-    return [one for one in found if one.seed in seeds]
+    return chosen()
