@@ -55,9 +55,9 @@ class World(NamedTuple):
 
     def worse(self, by: float, lost: NDArray) -> World:
         """Return the world in which so large a share more is lost; lost: (items, 2) likelihoods of items that were."""
-        return World(
-            self.name, self.shares + by * np.array([-1.0, 1.0, 0.0, 0.0]), [self.losses[0], lost, *self.losses[2:]]
-        )
+        by = min(by, self.shares[0])  # no more than is right
+        shares = self.shares + by * np.array([-1.0, 1.0, 0.0, 0.0])
+        return World(self.name, shares, [self.losses[0], lost, *self.losses[2:]])
 
     def draw(self, rng: Generator, task: str, n: int) -> Pair:
         """Return n items of a task as the gate gets them."""
