@@ -216,6 +216,14 @@ def test_several_looks_at_the_same_items_share_the_error_rate():
     assert third.verdict == "inconclusive" and third.evidence["alpha"] == pytest.approx(0.05 / 3)
 
 
+def test_flips_of_tasks_with_too_few_items_refuse_nothing():
+    few = [flips(f"t{i}", 20, 16, lost=2, gained=2) for i in range(10)]
+    verdict = judge(LEARNED, few, GateSettings())
+    assert verdict.verdict == "inconclusive" and verdict.evidence["negative_flips"]["items"] == 0
+    enough = judge(LEARNED, [flips(f"t{i}", 40, 32, lost=4, gained=4) for i in range(10)], GateSettings())
+    assert enough.verdict == "hold" and "40 of 400 items of old tasks were right and are wrong now" in enough.sentence
+
+
 def test_flips_are_listed_worst_first_with_their_items():
     old = flips("Lamps", 40, 36, lost=2, gained=1, loss_before=[0.1] * 40, loss_after=[2.0, 9.0] + [0.1] * 38)
     shown = judge(LEARNED, [old], GateSettings()).evidence["flips"]

@@ -344,8 +344,9 @@ def _fallen(floor: Floor, settings: GateSettings) -> str:
 
 
 def _negative_flips(old: list[Pair], settings: GateSettings, alpha: float) -> dict:
-    """Return {lost, items, percent, p, too_many} over all old tasks; p: of so many by chance at the rate let through."""
-    pairs = [pair for pair in old if not pair.is_graded]
+    """Return {lost, items, percent, p, too_many} over old tasks with enough items; p: of so many by chance at the rate let
+    through."""
+    pairs = [pair for pair in old if not pair.is_graded and len(pair.before) >= settings.least_items]
     lost, items = sum(p.lost for p in pairs), sum(len(p.before) for p in pairs)
     most, p = settings.flips_let_through, 1.0
     if lost and most < 100:
