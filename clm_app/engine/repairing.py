@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from clm_app.engine.loop import Engine
 
 TRAINING_PASSES = 1.6  # what a token costs in training, in forward passes: 3 by operations, but a step is in bfloat16
-FOR_A_ROUTER = 0.6  # of the budget is left to one that is still to come: it takes 9 % of a training, and that is not counted
+FOR_A_ROUTER = 0.7  # of the budget is left to one that is still to come: it takes 9 % of a training, and that is not counted
 SVD_PASSES = 10  # of a weight, in forward passes of a token for each of its columns: about 20 m n min(m, n) operations
 LEAST_ROWS = 30  # of a task, however small the budget: fewer bound nothing
 ROUNDS = 3  # searches after one another, where the place that the worst task allows breaks another task's bound

@@ -287,7 +287,8 @@ def _by_likelihood(found: list[Finding], settings: GateSettings, alpha: float) -
     """Look at what accuracy leaves open through the loss of the right answers, which every item moves a little.
 
     It says "kept" only where items are many enough for a loss to show at all: an update that leaves most answers as they were
-    to the last bit, as a router does, and spoils one in twenty, moves no likelihood on items that miss these.
+    to the last bit, as a router does, and spoils one in twenty, moves no likelihood on items that miss these. And only where
+    right and wrong cannot: a loss of the margin itself may move likelihoods by less than loss_margin.
     """
     able = [
         f for f in found
@@ -300,7 +301,8 @@ def _by_likelihood(found: list[Finding], settings: GateSettings, alpha: float) -
         finding.rise, finding.rise_upper = bound.mean, bound.upper
         is_within = -finding.pair.change <= 100 * finding.margin
         is_seen = _p_kept(finding.pair, finding.margin + UNSEEN) < alpha / SURELY
-        if p_kept < alpha and is_within and is_seen:
+        is_few = len(finding.pair.before) < finding.needed
+        if p_kept < alpha and is_within and is_seen and is_few:
             finding.status, finding.by = "kept", "likelihood"
         elif p_hurt < alpha and not is_within:
             finding.status, finding.by, finding.p_hurt = "hurt", "likelihood", p_hurt
