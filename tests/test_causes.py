@@ -95,6 +95,8 @@ def test_a_gain_that_guessing_would_make_is_none():
     assert verdict.verdict == "hold" and verdict.sentence == (
         "Refused: it did not learn Bikes: 0 % right before, 7 % now (guesses get 7 %, and counting words 90 %)."
     )
+    lucky = Pair(task="Bikes", before=before, after=[1.0] * 42 + [0.0] * 408)
+    assert judge(lucky, [], GateSettings(), guessing=Guessing(chance=1 / 15, words=0.07)).verdict == "hold", "p = 0.03"
     assert judge(little, [], GateSettings(), guessing=classes).verdict == "hold", "less than half of what words tell"
     assert judge(little, [], GateSettings(), guessing=Guessing(chance=1 / 15, words=0.3)).verdict == "promote"
 

@@ -23,6 +23,7 @@ from clm_app.judging import paired
 from clm_app.judging.paired import holm, mcnemar
 
 UNSEEN = 0.03  # a share beyond the margin: so large a loss has to be excluded by right and wrong at least, see _by_likelihood
+GUESSED = 0.001  # chance of so many right guesses; at alpha one shuffled file of twenty would pass, and who has learned is far off
 BESIDE_WORDS = 0.5  # of what counting words gets is the least that counts as learned
 SURELY = 5  # times less often than alpha it may be missed (LOG.md, "The gate")
 CLIPPED = 5.0  # nats per answer token: beyond, one item would decide for all of them
@@ -252,7 +253,7 @@ def _gain(new: Pair, noise: Noise | None) -> tuple[float, float]:
 
 
 def _guessed(new: Pair, guessing: Guessing | None) -> float:
-    """Return the p-value of "this many are right by chance"; 1.0 where counting words gets more than twice as many."""
+    """Return 1.0 where this many are right by guessing, or counting words gets more than twice as many; else 0.0."""
     if guessing is None or new.is_graded or not new.after:
         return 0.0
     right, n = round(sum(new.after)), len(new.after)
@@ -260,7 +261,7 @@ def _guessed(new: Pair, guessing: Guessing | None) -> float:
         return 1.0
     from scipy.stats import binom
 
-    return float(binom.sf(right - 1, n, guessing.chance))
+    return float(binom.sf(right - 1, n, guessing.chance) > GUESSED)
 
 
 def _findings(old: list[Pair], settings: GateSettings, alpha: float) -> list[Finding]:
