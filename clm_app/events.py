@@ -105,6 +105,18 @@ class Examined(Event):
     seconds: float = Field(description="of hearing it, whatever the number of children")
 
 
+class Scored(Event):
+    """One task, or group of tasks, of the lm-evaluation-harness was run."""
+
+    kind: Literal["scored"] = "scored"
+    task: str
+    figures: dict[str, dict[str, dict[str, float | None]]] = Field(
+        description='{task of the group: {metric: {"value", "standard_error"}}}'
+    )
+    files: str = Field(description="SHA-256 over the task's YAML files; its data is not in it")
+    seconds: float
+
+
 class Trained(Event):
     """The weights are written, whole and synced."""
 
@@ -173,6 +185,7 @@ AnyEvent = Annotated[
     | Measured
     | Probed
     | Examined
+    | Scored
     | Trained
     | Comparing
     | Compared

@@ -17,7 +17,7 @@ from clm_app.engine.examiner import ExaminationSettings
 from clm_app.engine.memory import refuse_what_does_not_fit
 from clm_app.engine.settings import TrainingSettings
 from clm_app.errors import BadData, BadInput, BadSettings, NotThere
-from clm_app.judging import benchmarks
+from clm_app.judging import benchmarks, harness
 from clm_app.judging.gate import GateSettings
 from clm_app.probes._base import made as made_probes
 from clm_app.registry import versions
@@ -51,7 +51,8 @@ class LearnWish(BaseModel):
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the knobs of every run")
     gate: GateSettings = Field(default_factory=GateSettings, description="how strict the gate is")
     repair: RepairSettings = Field(
-        default_factory=RepairSettings, description="what is tried when a candidate learned its task and hurt an old one"
+        default_factory=RepairSettings,
+        description="what is tried when a candidate learned its task and hurt an old one",
     )
     benchmarks: list[str] = Field(
         default_factory=list, max_length=100, description="benchmarks that every candidate is held to beside its tasks: "
@@ -224,6 +225,31 @@ def ask_examination(workspace: Workspace, wish: ExamineWish, by: str) -> Job:
         session.flush()
         again = {"fresh": True, "reason": reason} if wish.fresh else {}
         record(session, by, "job.asked", f"job:{job.id}", **meant, split=wish.split, on=wish.on, **again)
+    return job
+
+
+class SuiteWish(harness.HarnessSettings):
+    """Let a version run tasks of the lm-evaluation-harness, from files of this machine."""
+
+    version: str = Field("live", min_length=1, max_length=80, description="name of the version, or live")
+
+
+def ask_suite(workspace: Workspace, wish: SuiteWish, by: str) -> Job:
+    """Look whether the suite could be run, write the job down with the version that is meant now, and return it.
+
+    Raises:
+        NotThere: no such version, or the harness is not installed.
+        BadInput: damaged weights; a folder or a task that is not there, or runs Python of its own and is not trusted.
+    """
+    version = versions.by_name(workspace, wish.version)
+    refuse_damage(workspace, version)
+    harness.refuse(wish)
+    meant = {"version": version.name, "folder": str(wish.folder.resolve()), "tasks": list(dict.fromkeys(wish.tasks))}
+    with workspace.write() as session:
+        job = Job(kind="suite", wish=wish.model_dump(mode="json") | meant, asked_by=by, stage="waiting for the clock")
+        session.add(job)
+        session.flush()
+        record(session, by, "job.asked", f"job:{job.id}", **meant, trust_code=wish.trust_code)
     return job
 
 

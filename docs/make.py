@@ -18,10 +18,13 @@ from clm_app.engine.examiner import ExaminationSettings  # noqa: E402
 from clm_app.engine.settings import TrainingSettings  # noqa: E402
 from clm_app.judging.bisect import BisectWish  # noqa: E402
 from clm_app.judging.gate import GateSettings  # noqa: E402
+from clm_app.judging.pairwise import JudgingSettings  # noqa: E402
 from clm_app.judging.parity import ParitySettings  # noqa: E402
 from clm_app.repairs._base import RepairSettings  # noqa: E402
 from clm_app.settings import Settings  # noqa: E402
-from clm_app.wishes import ExamineWish, LearnWish  # noqa: E402
+from clm_app.wishes import ExamineWish, LearnWish, SuiteWish  # noqa: E402
+from ui.comparing import PromptsWish, Side  # noqa: E402
+from ui.judging import JudgedWish  # noqa: E402
 
 INTRODUCTION = "# Settings\n\nWritten by `python docs/make.py` from the code's own models; change it there.\n"
 SHELVES = (
@@ -57,6 +60,15 @@ def page() -> str:
         table("An examination", ExamineWish, "Body of `POST /api/examine`, and the form of the Benchmarks tab."),
         table("How an examination asks", ExaminationSettings, "Under `run` of an examination."),
         table("The search for an update", BisectWish, "Body of `POST /api/bisect`, and a form of the Compare tab."),
+        table(
+            "A public suite", SuiteWish, "Body of `POST /api/suites`, and a form of the Benchmarks tab. Needs lm-eval."
+        ),
+        table(
+            "Prompts to two sides", PromptsWish, "Body of `POST /api/compare/prompts`, and a form of the Compare tab."
+        ),
+        table("A model as judge", JudgedWish, "Body of `POST /api/compare/judged`, and a form of the Compare tab."),
+        table("A side, or a judge", Side, "Under `left`, `right` and `judge` of the two before."),
+        table("How a judge is asked", JudgingSettings, "Under `judging`."),
     ]
     for package, word in SHELVES:
         for name, cls in shelf(package).items():

@@ -15,11 +15,12 @@ from jobs.bisection import Bisection
 from jobs.cycle import Cancelled, Cycle
 from jobs.examination import Examination
 from jobs.queue import Fenced, Queue
+from jobs.suite import Suite
 from store.tables import Job, Run
 from store.tables._columns import now
 
 log = logging.getLogger(__name__)
-KINDS = {"learn": Cycle, "examine": Examination, "bisect": Bisection}  # who does a job of which kind
+KINDS = {"learn": Cycle, "examine": Examination, "bisect": Bisection, "suite": Suite}  # who does a job of which kind
 
 
 class Clock:

@@ -202,6 +202,8 @@ def job_title(job: Job) -> str:
         return f"{', '.join(wish['versions'])} before {', '.join(wish['benchmarks'])}"
     if job.kind == "bisect":
         return f"which update broke {wish['task']}"
+    if job.kind == "suite":
+        return f"{', '.join(wish['tasks'])} on {wish['version']}"
     tasks = len(wish.get("stream", []))
     return f"{tasks} task{'s' * (tasks != 1)}, {wish.get('strategy', '')}"
 

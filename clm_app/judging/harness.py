@@ -2,8 +2,8 @@
 
 Source: Biderman et al. 2024 (arXiv:2405.14782); https://github.com/EleutherAI/lm-evaluation-harness. A task is a YAML file in a
 folder of the person's; its data must lie on this machine too (`dataset_path: json`, `dataset_kwargs: {data_files: ...}`).
-No hub is asked: what is not there is refused. A task may name Python of its own (`!function`), which then runs: use files
-that you trust.
+No hub is asked: what is not there is refused. A task may name Python of its own (`!function`), which then runs: that is
+refused until the person says that the files are trusted.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -23,7 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from clm_app.errors import BadData, BadSettings, NotThere
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from clm_app.engine.routed import Routed
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 HERE_ALONE = "DISABLE_MULTIPROC"  # no processes of the harness's own beside this one
@@ -48,6 +51,9 @@ class HarnessSettings(BaseModel):
         False, description="ask through the model's chat template; off: as running text, as published figures are"
     )
     batch_rows: int = Field(16, ge=1, le=1024, description="rows in one forward pass")
+    trust_code: bool = Field(
+        False, description="let the task files run Python of their own, with all that it may do on this machine"
+    )
 
 
 def is_installed() -> bool:
@@ -55,17 +61,12 @@ def is_installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
-def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: HarnessSettings
-) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return {task: {metric: {"value", "standard_error"}}}; the error is None where the harness gives none.
-
-    A metric has the harness's own name, with its filter behind a comma where it has one: "acc", "exact_match,strict-match".
+def refuse(settings: HarnessSettings) -> list[Path]:
+    """Look whether the tasks could be run, and return the YAML files that they are made of. Nothing of theirs is run.
 
     Raises:
         NotThere: the harness is not installed.
-        BadSettings: a task is not in the folder.
-        BadData: a task's files cannot be used, or are not on this machine.
+        BadSettings: a task is not in the folder, or runs Python of its own and is not trusted.
     """
     if not is_installed():
         raise NotThere(
@@ -74,29 +75,58 @@ def run(
         )
     if not settings.folder.is_dir():
         raise BadSettings(f"{settings.folder} is no folder. Name the folder with the YAML files of the tasks.")
-    with _offline(), _no_cache():
-        return _figures(_results(model, tokenizer, settings))
-
-
-def _results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: HarnessSettings) -> dict:
-    import torch
-    from lm_eval.evaluator import evaluate  # not simple_evaluate: it starts a dozen programs to describe the machine
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(settings.folder), include_defaults=False)
+    manager = _manager(settings)
     if missing := [name for name in settings.tasks if name not in manager.all_tasks]:
         raise BadSettings(
             f"{missing[0]!r} is not among the tasks in {settings.folder}: {', '.join(manager.all_tasks) or 'none'}. "
             "Choose one of these, or put its YAML file there."
         )
+    files = _files(manager, settings.tasks)
+    if not settings.trust_code:
+        for file in files:
+            _refuse_code(file)
+    return files
+
+
+def run(
+    model: PreTrainedModel | Routed,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: HarnessSettings,
+    tell: Callable[[int, int], object] = lambda done, of: None,
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return {task: {metric: {"value", "standard_error"}}}; None where the harness gives no number.
+
+    A metric has the harness's own name, with its filter behind a comma where it has one: "acc", "exact_match,strict-match".
+    tell: called with (rows read, rows of the requests so far) after each forward pass.
+
+    Raises:
+        NotThere, BadSettings: as `refuse`.
+        BadData: a task's files cannot be used, or are not on this machine.
+    """
+    refuse(settings)
+    with _offline(), _no_cache(), nullcontext() if settings.trust_code else _sandboxed():
+        return _figures(_results(model, tokenizer, settings, tell))
+
+
+def _manager(settings: HarnessSettings) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(settings.folder), include_defaults=False)
+
+
+def _results(model, tokenizer: PreTrainedTokenizerBase, settings: HarnessSettings, tell: Callable) -> dict:
+    import torch
+    from lm_eval.evaluator import evaluate  # not simple_evaluate: it starts a dozen programs to describe the machine
+
+    from clm_app.engine.suite_reader import Reader
+
     try:
-        loaded = manager.load(settings.tasks)
+        loaded = _manager(settings).load(settings.tasks)
         for task in loaded["tasks"].values():
             given = task.get_config("num_fewshot") or 0
             task.set_config(key="num_fewshot", value=given if settings.examples is None else settings.examples)
             task.set_fewshot_seed(seed=SEED)
-        reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_rows)
+        reader = Reader(model, tokenizer, settings.batch_rows, tell)
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             return evaluate(
@@ -113,6 +143,93 @@ def _results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting
         ) from err
 
 
+# --- what a task is made of ---------------------------------------------------------------------------------------------
+
+
+def _files(manager: TaskManager, names: list[str]) -> list[Path]:
+    """Return the files of these tasks, of the tasks that their groups and tags name, and of all that these include."""
+    waiting, seen, files = list(names), set(), {}
+    while waiting:
+        name = waiting.pop()
+        entry = manager.task_index.get(name)
+        if entry is None or name in seen:
+            continue
+        seen.add(name)
+        waiting += entry.tags if entry.yaml_path is None else _members(entry.cfg)
+        files |= dict.fromkeys(_with_included(entry.yaml_path) if entry.yaml_path else ())
+    return sorted(files)
+
+
+def _members(told: object) -> list[str]:
+    """Return every name that a group's `task` and `group` keys mention, however deep."""
+    if isinstance(told, str):
+        return [told]
+    if isinstance(told, list):
+        return [name for one in told for name in _members(one)]
+    return [name for key in ("task", "group") for name in _members(told.get(key))] if isinstance(told, dict) else []
+
+
+def _with_included(file: Path) -> list[Path]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    told = load_yaml(file, resolve_func=False, recursive=False).get("include", [])
+    return [file, *(
+        inner for one in (told if isinstance(told, list) else [told]) for inner in _with_included(file.parent / one)
+    )]  # fmt: skip
+
+
+def _refuse_code(file: Path) -> None:
+    """Refuse a file that names Python: by a tag, as a class, or as a metric that is a file."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    with open(file, encoding="utf-8") as text:
+        tags = [one.value for one in yaml.scan(text) if isinstance(one, yaml.TagToken)]
+    named = [f"the tag {handle or ''}{end}" for handle, end in tags if handle != "!!" or end.startswith("python")]
+    named += _code(load_yaml(file, resolve_func=False, recursive=False))
+    if named:
+        raise BadSettings(
+            f"{file} would run Python of its own ({named[0]}), which may do anything on this machine. Read it and set "
+            "trust_code to true, or choose a task without."
+        )
+
+
+def _code(told: object) -> Iterator[str]:
+    """Yield what in a YAML file names Python otherwise than by a tag."""
+    if isinstance(told, list):
+        for one in told:
+            yield from _code(one)
+    elif isinstance(told, dict):
+        if "class" in told:
+            yield f"the class {told['class']}"
+        metric = told.get("metric")
+        if isinstance(metric, str) and not metric.isidentifier():
+            yield f"the metric {metric}"
+        for one in told.values():
+            yield from _code(one)
+
+
+@contextmanager
+def _sandboxed() -> Iterator[None]:
+    """Let templates read and not reach into Python: `{{ "".__class__ }}` is refused by Jinja itself."""
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    was, safe = utils.env, SandboxedEnvironment(
+        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    )  # fmt: skip
+    safe.filters |= was.filters
+    utils.env = safe
+    try:
+        yield
+    finally:
+        utils.env = was
+
+
+# --- what comes of it ---------------------------------------------------------------------------------------------------
+
+
 def _figures(results: dict[str, dict]) -> dict[str, dict[str, dict[str, float | None]]]:
     return {task: dict(_metrics(found)) for task, found in results.items()}
 
@@ -127,7 +244,10 @@ def _metrics(found: dict) -> Iterator[tuple[str, dict[str, float | None]]]:
         is_known = isinstance(error, int | float) and math.isfinite(error)
         yield (
             metric if way == "none" else name,
-            {"value": float(value), "standard_error": float(error) if is_known else None},
+            {
+                "value": float(value) if math.isfinite(value) else None,
+                "standard_error": float(error) if is_known else None,
+            },
         )
 
 

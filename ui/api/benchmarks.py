@@ -18,7 +18,7 @@ from ui.api._base import Api
 
 
 class Benchmarks(Api):
-    """GET and POST /api/benchmarks, GET …/{name}, …/{name}/items and …/{name}/readings, POST /api/examine."""
+    """GET and POST /api/benchmarks, GET …/{name}, …/{name}/items and …/{name}/readings, POST /api/examine, /api/suites."""
 
     def routes(self) -> APIRouter:
         """Return the router."""
@@ -84,6 +84,11 @@ class Benchmarks(Api):
         def examine(wish: wishes.ExamineWish) -> dict[str, Any]:
             """Write the wish down as a job and return it."""
             return wishes.ask_examination(workspace, wish, self.house.actor).model_dump(mode="json")
+
+        @router.post("/api/suites", status_code=201)
+        def suite(wish: wishes.SuiteWish) -> dict[str, Any]:
+            """Ask for tasks of the lm-evaluation-harness as a job; the figures are its result."""
+            return wishes.ask_suite(workspace, wish, self.house.actor).model_dump(mode="json")
 
         return router
 

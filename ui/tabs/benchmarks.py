@@ -22,6 +22,7 @@ from ui.parts.forms import SettingsForm
 from ui.parts.job_card import job_card
 from ui.parts.live import Live, drawing
 from ui.parts.standing import in_unit
+from ui.parts.suite import suite
 from ui.parts.words import card, chip, count, moment, notice, safe, table
 from ui.tabs._base import Tab
 
@@ -66,7 +67,17 @@ class Benchmarks(Tab):
             self._examine, [self.one, self.versions, self.on, self.split], self.answer, concurrency_id="start"
         )
         frozen = make.click(self._make, given, [self.made, self.file, self.one], concurrency_id="start")
-        return [frozen, asked]
+        return [frozen, asked, self._build_suites()]
+
+    def _build_suites(self):
+        with gr.Accordion("Public suites (lm-evaluation-harness)", open=False):
+            drawing('<p class="clm-quiet">Tasks of the harness from YAML files of this machine, with their data; no hub is '
+                    "asked.</p>")  # fmt: skip
+            self.suite = SettingsForm(wishes.SuiteWish).build()
+            start = gr.Button("Run the tasks", elem_id="clm-suite")
+            answer = drawing(elem_id="clm-suite-answer")
+            self.suites = drawing(elem_id="clm-suite-job")
+        return start.click(self._ask_suite, list(self.suite.widgets.values()), answer, concurrency_id="start")
 
     def _build_form(self) -> tuple[gr.Button, list]:
         """Make the form; return its button and what it is given."""
@@ -114,6 +125,7 @@ class Benchmarks(Tab):
             Live([self.progress], self._progress),
             Live([self.readings], self._readings, [self.one]),
             Live([self.items], self._items, [self.one, self.split]),
+            Live([self.suites], self._suites),
         ]
 
     def _version_names(self) -> list[str]:
@@ -191,6 +203,22 @@ class Benchmarks(Tab):
     def _progress(self) -> str:
         job = questions.job_in_view(self.workspace, kind="examine")
         return job_card(self.workspace, job) if job else ""
+
+    def _ask_suite(self, *values: Any) -> str:
+        try:
+            told = {knob: value for knob, value in self.suite.read(list(values)).items() if value is not None}
+            if not told.get("folder") or not told["tasks"]:
+                raise BadInput("A suite needs a folder with YAML files, and the names of tasks in it. Fill in both.")
+            job = wishes.ask_suite(self.workspace, wishes.SuiteWish(**told), self.house.actor)
+        except Exception as err:
+            return notice(plain(err), "problem")
+        return notice(f"Job {job.id} runs {questions.job_title(job)}.")
+
+    def _suites(self) -> str:
+        job = questions.job_in_view(self.workspace, kind="suite")
+        if job is None:
+            return ""
+        return job_card(self.workspace, job) + (suite(job.result) if job.status == "done" else "")
 
     def _readings(self, name: str | None) -> str:
         if not name:
