@@ -1,7 +1,8 @@
 """Bad updates, each pushed through the public way: a wish, the clock, the training child, the gate, the check of what is served.
 
 All start from one good version of stories260K that has learned two domains of CLINC150. What is wrong with the served
-artefact alone is put between the store and the check, for one candidate that is good in itself.
+artefact alone is put between the store and the check, for one candidate that is good in itself; as LoRA teaches stories260K
+nothing, an adapter applied twice is the starter's.
 """
 
 from __future__ import annotations
@@ -90,10 +91,12 @@ class Told(NamedTuple):
 class Yard:
     """A workspace with a good version, and whatever is done to updates of it."""
 
-    def __init__(self, root: Path, data: Path, per_label: int) -> None:
-        self.root, self.tasks = root, domains(data, None, per_label, report.WORK / "rows")
+    def __init__(self, root: Path, data: Path, per_label: int, base: Path | None = None) -> None:
+        """base: folder of the model to start from; None: stories260K, in a copy that may be spoiled."""
+        self.root, self.data, self.per_label = root, data, per_label
+        self.tasks = domains(data, None, per_label, report.WORK / "rows")
         root.mkdir(parents=True, exist_ok=True)
-        self.base = root / "base"
+        self.base = base or root / "base"
         if not self.base.exists():
             shutil.copytree(stories(data / "stories260K", report.WORK), self.base)
         self.workspace = Workspace(Settings(
@@ -104,6 +107,14 @@ class Yard:
         self.clock = Clock(self.workspace, self._spawn)
         self.clock.queue.release_the_dead()
         versions.base_version(self.workspace)
+
+    def beside(self, name: str, base: Path) -> Yard:
+        """Return another workspace under this one, over another model."""
+        return Yard(self.root / name, self.data, self.per_label, base)
+
+    def close(self) -> None:
+        """Give the workspace back."""
+        self.workspace.close()
 
     def _spawn(self, command: list[str], **named):
         return spawn(self.spoil(command), **named)
@@ -317,7 +328,7 @@ def contaminated(yard: Yard, task: Learnable, seed: int) -> tuple[str, Told]:
     how = ("{}", "{}!", "Please tell me now, as soon as you can: {}")[seed % 3]
     chosen = [row for row in items if len(row.prompt.split()) > 8 or seed % 3 < 2][:INJECTED]
     found["train"] += [Row(prompt=how.format(row.prompt), response=row.response) for row in chosen]
-    del found["validation"]
+    found["validation"] = [row for row in found["validation"] if row not in items]
     said = yard.learn(
         f"contaminated {seed}", yard.file(task, "contaminated", found), benchmarks=[made.name], check_served=False
     )
@@ -341,7 +352,8 @@ def applied_twice(yard: Yard, task: Learnable, seed: int) -> tuple[str, Told]:
         shutil.copyfile(Path(side["base"]) / "chat_template.jinja", folder / "merged" / "chat_template.jinja")
         return {"base": str(folder / "merged")}
 
-    return "merged, and served over itself", yard.again(candidate(yard, "lora", seed), served)
+    with contextlib.closing(yard.beside("starter", STARTER)) as other:
+        return "merged, and served over itself", other.again(candidate(other, "lora", seed), served)
 
 
 def no_mask(yard: Yard, task: Learnable, seed: int) -> tuple[str, Told]:
@@ -367,7 +379,7 @@ def candidate(yard: Yard, which: str, seed: int = 0) -> str:
     number = {"auto": 0, "lora": seed % 2}[which]
     name, task = f"to be served, {which} {number}", yard.tasks[2 + number]
     knobs = {"auto": {}, "lora": {
-        "strategy": "naive", "method": "lora", "start_from": "v0", "training": {"learning_rate": 1e-2, "epochs": 16},
+        "strategy": "naive", "method": "lora", "start_from": "v0", "training": {"learning_rate": None},
     }}  # fmt: skip
     with yard.workspace.read() as session:
         made = session.exec(
@@ -439,5 +451,5 @@ def tried(
                 f"{kind}, {seed} ({detail}): {told.how}, {told.causes}: {told.sentence[:160]}", markup=False
             )
     finally:
-        yard.workspace.close()
+        yard.close()
     return chosen()
