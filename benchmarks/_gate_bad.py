@@ -434,16 +434,9 @@ def tried(
             do, pattern = KINDS.get(kind, (good, ""))
             detail, told = do(yard, yard.tasks[2 + seed], seed)
             is_caught = told.how != "promote" or (kind == "contaminated benchmark" and bool(told.causes))
-            one = Tried(
-                kind,
-                seed,
-                detail,
-                told.how,
-                told.sentence,
-                told.causes,
-                is_caught,
-                bool(pattern) and told.names(pattern),
-            )
+            is_named = bool(pattern) and told.names(pattern)
+            sentence = told.sentence.replace(f"{root}/", "")  # a path tells of one machine alone
+            one = Tried(kind, seed, detail, told.how, sentence, told.causes, is_caught, is_named)
             with open(lines, "a", encoding="utf-8") as out:
                 out.write(json.dumps(one._asdict()) + "\n")
             found.append(one)

@@ -32,6 +32,7 @@ ARMS = {  # {arm: tasks learned in a row}
     "naive:full": 2, "replay@0.05:full": 3, "replay@0.01:full": 3, "naive:lora": 2, "auto:full": 3,
 }  # fmt: skip
 ROWS_PER_LABEL = 50
+TOLD = ("tried", "passed", "rung", "certificate")  # of what the ladder says; folders tell of one machine alone
 FIRST, AGAIN = (
     "first",
     "again",
@@ -146,7 +147,7 @@ class Chains:
         seen = tasks[: position + 1]
         asked = self._order(arm, place, seen, before)
         engine, climb_cpu = self.learn(asked, place)
-        first, repair = verdict(asked, "after"), engine.repaired
+        first, repair = verdict(asked, "after"), engine.repaired and {name: engine.repaired[name] for name in TOLD}
         names = {task.number: task.name for task in seen}
         told = {when: _exact(place / when, names) for when in ("after", "repaired")}
         past = {task.name: share(asked.live_outcomes[str(task.number)]) for task in seen[:-1]}

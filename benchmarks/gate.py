@@ -27,7 +27,7 @@ from clm_app.engine.settings import TrainingSettings
 
 PARTS = ("repair", "simulation", "bad", "speed")
 ORDERS = [0, 1, 2]
-TRIALS, FEW_TRIALS, TURNS = 1000, 300, 9
+TRIALS, FEW_TRIALS, TURNS = 1000, 300, 20
 QUICK = {  # under a minute on one core: works or not
     "orders": [0], "rows_per_label": 4, "trials": 3, "kinds": ("one class dropped", "template broken", "truncated file"),
     "items": 100, "turns": 1, "knobs": {"epochs": 1, "least_steps": 8, "batch_rows": 16},
